@@ -17,8 +17,8 @@ _DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}
 def run() -> None:
     """Run the command line, then end the process without finalizing the interpreter.
 
-    Finalizing takes 2 to 4 s with torch, Ray and MLflow, and their native threads can abort or hang
-    in it. Functions registered with `atexit` run first.
+    With torch, Ray and MLflow, finalizing takes 2 to 4 s, and native threads can abort or hang
+    during it. Functions registered with `atexit` run first.
     """
     code: Any = 1  # after an exception, which Python has printed
 

@@ -35,7 +35,7 @@ def errors_in_one_line() -> Iterator[None]:
     """End the process on an error of the command in the block, with one line on stderr.
 
     The exit code is 2 for an error that the user can correct, and 1 for storage that fails and for
-    the product's own RuntimeErrors. An interruption ends the process with exit code 130, without a
+    spiketrain's own RuntimeErrors. An interruption ends the process with exit code 130, without a
     line. Any other error leaves the block.
     """
     try:

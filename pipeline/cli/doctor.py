@@ -28,7 +28,7 @@ def doctor(
         typer.Option(
             "--checkpoints",
             metavar="DIR|URI",
-            help="address of the runs' checkpoints, to which each node tries to write",
+            help="folder or address of checkpoints; each node tries to write there",
         ),
     ] = None,
 ) -> None:

@@ -103,7 +103,7 @@ Workers = Annotated[int, typer.Option("--workers", min=1, help="processes that t
 
 RUNS = Path("runs")
 
-# -------------------- options of launch and resume; in resume, None stands for the saved value
+# ---- options of launch and resume; in resume, None stands for the saved value, except of Address
 
 SIZES = "N|MIN:MAX|N,N,..."
 SIDE_BY_SIDE = "number of runs of a suite that train at the same time, on separate cores and GPUs"
@@ -125,7 +125,7 @@ Cores = Annotated[
         "--cpus-per-worker",
         noun="cores",
         metavar="N|auto",
-        help="cores and torch threads of a worker; auto: the node's cores per GPU, else 1",
+        help="a worker's cores and torch threads; auto: with a GPU, a node's cores per GPU; else 1",
     ),
 ]
 Loaders = Annotated[
@@ -182,7 +182,7 @@ def load_changed(path: Path, changes: list[str], tiny: bool) -> Recipe | Suite:
 def parse_changes(texts: Sequence[str]) -> dict[str, Any]:
     """Keys and values of `["optimizer.lr=0.05", "precision=bf16"]`.
 
-    Values are Python literals; anything else is text.
+    A value that is not a Python literal is text.
 
     Raises:
         ValueError: a text has no `=`, or no key before the `=`.

@@ -17,7 +17,7 @@ Against = Annotated[str, typer.Option("--against", metavar="RULE", help="the bas
 Within = Annotated[
     float,
     number_option(
-        "--within", help="tolerated loss against the baseline, in points of top-1 (paired seeds)"
+        "--within", help="tolerated drop below the baseline, in points of top-1 (paired seeds)"
     ),
 ]
 
@@ -34,8 +34,8 @@ def compare(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006  (typer reads the default, nothing changes it)
 ) -> None:
-    """Print cost and accuracy of each rule, with ratios to the baseline of the same study, or a
-    suite's report.
+    """Print cost and accuracy of each rule, with ratios to the baseline of the same study. If a
+    suite has its own report, print this report.
     """
     from pipeline.report.compare import print_comparison
     from pipeline.report.selection import locate
@@ -99,7 +99,7 @@ def dashboard(
     store: Annotated[
         str | None,
         typer.Option(
-            "--store", metavar="URI", help="MLflow's tracking URI; default: that of --runs"
+            "--store", metavar="URI", help="MLflow's tracking URI; default: the URI of --runs"
         ),
     ] = None,
     runs: Runs = RUNS,

@@ -21,12 +21,17 @@ EventSource = Annotated[
     str | None,
     typer.Option(
         "--source",
-        help="published sets: tonic's folder; saccades: fashion, or a folder of its four files",
+        help=(
+            "published sets: folder that tonic downloads to; saccades: fashion, or folder of"
+            " Fashion-MNIST's four files"
+        ),
     ),
 ]
 Resize = Annotated[
     Literal["sum", "area"] | None,
-    typer.Option("--resize", help="how pixels are merged: the sum of their counts, or the mean"),
+    typer.Option(
+        "--resize", help="published sets: merge pixels by the sum of their counts, or by the mean"
+    ),
 ]
 FramesBy = Annotated[
     Literal["time", "number"],
@@ -100,7 +105,7 @@ def write_folder(
     quality: Annotated[
         int | None,
         typer.Option(
-            "--quality", min=1, max=100, help="quality of JPEGs that are encoded again; default: 90"
+            "--quality", min=1, max=100, help="quality of JPEGs that Pillow encodes; default: 90"
         ),
     ] = None,
     workers: Writers = 1,
@@ -162,7 +167,7 @@ def write_events(
 ) -> None:
     """Recordings of event cameras: moving shapes, saccades over Fashion-MNIST, or a published set.
 
-    tonic reads the published sets: nmnist, cifar10dvs, gesture, ncaltech101.
+    tonic downloads the published sets: nmnist, cifar10dvs, gesture, ncaltech101.
     """
     from pipeline.data.write.events import write_events as write_files
 
@@ -211,7 +216,7 @@ def write_stamps(
     smallest: Annotated[
         float,
         number_option(
-            "--smallest", help="minimum longer side of an object, as a share of the scene's side"
+            "--smallest", help="minimum of an object's longer side, as a share of the scene's side"
         ),
     ] = 0.5,
     content_seed: Annotated[
@@ -230,7 +235,7 @@ def write_stamps(
     workers: Writers = 1,
     existing: OnExisting = "refuse",
 ) -> None:
-    """Scenes of one of 300 objects, in 13 classes, on a photograph. Evaluation has other objects.
+    """Scenes: one of 300 objects, in 13 classes, on a photograph. Evaluation shows other objects.
 
     The pictures come from Debian packages: apt install tuxpaint-stamps-default mate-backgrounds
     plasma-workspace-wallpapers.
@@ -276,7 +281,7 @@ def _size(manifest: "Manifest") -> str:
 
 @contextmanager
 def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on a terminal. If too many files are unreadable, list all of them."""
+    """Show a progress bar on a terminal. If too many samples are unreadable, list them."""
     from pipeline.data.write.writer import TooManyUnreadable
 
     console = Console(stderr=True)

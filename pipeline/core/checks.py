@@ -30,7 +30,7 @@ def refuse_unless_counts(
         up_to: the upper limit as text for the message, such as T. Values are not compared with it.
 
     Raises:
-        ValueError: a value does not fit. The message names the first one.
+        ValueError: a value does not fit. The message names the first such value.
     """
     accepted = f">= {minimum}" if up_to is None else f"in {minimum}..{up_to}"
     for name, value in numbers.items():
@@ -45,8 +45,8 @@ def refuse_unless_one_of(subject: str, accepted: Collection[object], **values: o
     """Check that each value is one of `accepted`.
 
     Raises:
-        ValueError: a value is none of them. The message names the first one: "LIF: reset must be
-            'subtract' or 'zero'; got reset='x'".
+        ValueError: a value is none of them. The message names the first such value: "LIF: reset
+            must be 'subtract' or 'zero'; got reset='x'".
     """
     for name, value in values.items():
         if value not in accepted:
@@ -73,7 +73,7 @@ def parse_time_steps(subject: str, steps: str) -> tuple[int, ...]:
     """Parse the value of `--steps`, such as "1,2,4,8", into sorted numbers without repetition.
 
     Raises:
-        ValueError: any other text.
+        ValueError: the text has another form.
     """
     numbers = [each.strip() for each in steps.split(",")]
     require(

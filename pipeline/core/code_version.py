@@ -16,7 +16,7 @@ from pipeline.core.errors import UserError
 
 @functools.cache
 def code_digest() -> str:
-    """12 hex digits of the names and contents of this package's Python files at the first call."""
+    """A hash (12 hex digits) of this package's Python files and their names at the first call."""
     root = Path(__file__).resolve().parent.parent
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):

@@ -19,7 +19,7 @@ class Diverged(UserError):
 
 
 def remedy(lr: Any, clip_norm: Any) -> str:
-    """The advice for a training that diverged. It names the values that are numbers."""
+    """The advice for a training that diverged. The advice names the values that are numbers."""
     rate = f"optimizer.lr ({lr:g})" if isinstance(lr, int | float) else "the learning rate"
     clipping = "set clip_norm=1.0"
     if isinstance(clip_norm, int | float) and clip_norm:

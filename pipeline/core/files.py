@@ -124,9 +124,9 @@ def check_shared(
     gather: Callable[[Any], list[Any]],
     beat: Callable[[], None] = lambda: None,
 ) -> None:
-    """Check that all ranks see the same folder for checkpoints. All ranks must call it.
+    """Check that all ranks see the same folder for checkpoints. All ranks must call this function.
 
-    Rank 0 creates a marker in it, and every rank looks for the marker. Without this check, rank 0
+    Rank 0 creates a marker there, and every rank looks for the marker. Without this check, rank 0
     would wait forever for the files of a rank that writes to another disk.
 
     Args:

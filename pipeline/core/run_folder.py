@@ -13,8 +13,8 @@ class RunFolder:
         self.recipe = self.path / "recipe.json"
         self.code = self.path / "code.json"  # hashes of the user's modules that the recipe names
         self.job = self.path / "job.json"  # what the workers need in addition to the recipe
-        self.cluster = self.path / "cluster.json"  # workers, devices and how they are started
-        self.launch_log = self.path / "launch.log"  # output of a launch in the background
+        self.cluster = self.path / "cluster.json"  # the options of the launch
+        self.launch_log = self.path / "launch.log"  # output of the driver, for runs side by side
         # Written by the run
         self.journal = self.path / "journal.jsonl"  # events: see track/events.py
         self.system = self.path / "system.jsonl"  # events with the load of the driver's machine
@@ -27,7 +27,7 @@ class RunFolder:
         self.driver_lock = self.path / "driver.lock"
         self.writer_lock = self.path / "writer.lock"  # of rank 0
         # Messages between processes
-        self.stop_request = self.path / "stop"  # to save and stop; contains the requester
+        self.stop_request = self.path / "stop"  # to save and stop; may name the requester
         self.save_request = self.path / "save"  # to save and continue; may name nodes that leave
         self.refusal = self.path / "refusal.json"  # why the next attempt must not begin
         self.worker_death = self.path / "died.json"  # of one worker, not yet in the journal

@@ -25,7 +25,7 @@ __all__ = [
 class Batch:
     """One micro-batch of one rank. It owns its memory, so later batches do not overwrite it."""
 
-    x: Tensor  # float32, normalised: images [B,C,H,W], or recordings [B,T,C,H,W]
+    x: Tensor  # float32: normalised images [B,C,H,W], or recordings [B,T,C,H,W]
     target: Tensor  # int64 [B]
     index: Tensor  # int64 [B], positions of the samples in the file
 
@@ -120,7 +120,7 @@ class Data(Protocol):
 
 
 def with_page_checks(data: Data, one_in: int) -> Data:
-    """The same data, whose loaders compare the page of one in `one_in` samples as they read.
+    """The same data. Its loaders compare the page of one in `one_in` samples with its checksum.
 
     With 0 the loaders compare no page. Data without a method `with_page_checks` has no pages and is
     returned unchanged.

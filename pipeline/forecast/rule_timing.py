@@ -1,6 +1,6 @@
 """Time training steps of alternating rules, in as many processes as a run has workers.
 
-The runs of a study take hours, in which a machine's speed varies by more than some rules differ.
+The runs of a study take hours. In this time, a machine's speed varies more than some rules differ.
 Here each round trains a few batches with every rule, on the recipe's own backend and on a copy of
 the network whose weights do not change. Each round begins with the next rule, so drift affects all
 rules equally. Times also differ between processes, for example by the location of their memory.
@@ -65,7 +65,7 @@ def measure_interleaved(
     every position once.
 
     Args:
-        samples: samples per batch; None: the micro-batch of one of `workers`.
+        samples: samples per batch; None: the micro-batch of a worker.
 
     Raises:
         ValueError: the batch cannot be divided among `workers`, a process failed, or a rule cannot

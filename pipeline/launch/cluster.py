@@ -31,7 +31,7 @@ OPERATIONAL_FIELDS = (
 )
 # Fields without effect on one worker in this process.
 RAY_FIELDS = ("workers", "address", "cpus_per_worker", "max_restarts", "node_loss")
-# Limits a range, whose numbers are all checked. Global batches have far smaller divisors.
+# Limits a range such as 2:4, because each of its numbers is checked.
 MAX_WORKERS = 65_536
 # A week. The watchdog's timers overflow after some hundred years.
 MAX_HANG_MINUTES = 7 * 24 * 60.0
@@ -167,7 +167,7 @@ class Cluster:
 
     def resume_address(self, launched: "Cluster") -> str | None:
         """The `--address` of the command that resumes a run on this cluster. `launched` is the
-        cluster of its launch. None: the command needs no address.
+        cluster of the run's launch. None: the command needs no address.
         """
         return None if launched.address is None else self.address or "local"
 
@@ -232,8 +232,8 @@ def workers_use_gpus(device: Device, workers: int, gpus: int) -> bool:
     """Whether each worker gets a GPU. With `auto`, workers use GPUs if there are any.
 
     Raises:
-        UserError: workers use GPUs, and there are fewer GPUs than workers. Otherwise some workers
-            would silently train on CPUs.
+        UserError: workers use GPUs, and there are fewer GPUs than workers. Without this error, some
+            workers would silently train on CPUs.
     """
     if device == "cpu" or (device == "auto" and gpus == 0):
         return False

@@ -67,8 +67,8 @@ def launcher_of(cluster: Cluster) -> Launcher:
 
     Raises:
         ValueError: the options have `inline` and one that only Ray uses.
-        UserError: the options have `inline`, and the device is `gpu` without a GPU, or torch cannot
-            use this machine's GPUs.
+        UserError: with `inline`, the device is `gpu` without a GPU, or torch cannot use this
+            machine's GPUs.
     """
     if not cluster.inline:
         return Ray(cluster)

@@ -33,7 +33,7 @@ class Beton(FileData):
             (ffcv/strong_augment.py).
         mean, std: of each channel, for pixels scaled to 0..1.
         held_out: the share of the training set that replaces the evaluation set and is not trained
-            on. Choose learning rates on it, for example with `--set data.held_out=0.1`.
+            on. Choose learning rates on this share, for example with `--set data.held_out=0.1`.
         repeats: views of each sample in a training batch. An epoch then uses one in `repeats` of
             the samples (order.py).
 
@@ -102,9 +102,9 @@ class Beton(FileData):
         shortest, longest = int(np.min(sides)), int(np.max(sides))
         require_data(
             self.crop != "shift" or max(size - shortest, longest - size) <= size // 4,
-            f"Beton: crop='shift' does not resize: the sides of the images in {loader.path} must be"
-            f" within a quarter of size={size}; got {shortest} to {longest}; choose crop='resized'"
-            " or write the data with max_resolution",
+            f"Beton: crop='shift' does not resize: the sides of the images in {loader.path} must"
+            f" differ by at most a quarter from size={size}; got {shortest} to {longest}; choose"
+            " crop='resized' or write the data with max_resolution",
         )
         return loader
 

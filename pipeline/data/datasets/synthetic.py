@@ -1,12 +1,12 @@
 """A learnable data set of counter-based random numbers, for tests and benchmarks.
 
 It needs neither files nor FFCV. A class is a smooth random pattern. A sample is the pattern of its
-class at half to full contrast, plus noise. The order of samples, resumption and `repeats` are those
-of data in files. A set of recordings imitates event data: a class has a pattern for each of T time
+class at half to full contrast, plus noise. The order of samples, resumption and `repeats` are as
+for data in files. A set of recordings imitates event data: a class has a pattern for each of T time
 steps, and values are counts.
 """
 
-# N samples of a set, B batch, K classes, T time, C channels (T x C for a recording), H W pixels
+# B batch, K classes, T time, C channels (T x C for a recording), H W pixels
 
 import hashlib
 import math
@@ -34,7 +34,7 @@ class Synthetic(OrderedData):
         samples, val_samples: numbers of training and evaluation samples.
         shape: (C, H, W) of images, or (T, C, H, W) of recordings. The values of recordings are
             whole numbers from 0, like counts of events.
-        noise: the standard deviation of the noise; that of a pattern at full contrast is 1.
+        noise: the standard deviation of the noise. A pattern at full contrast has 1.
         augment: "shift-flip" shifts a training sample by up to max(1, H // 8) pixels, with zeros
             outside, and mirrors it with probability 1/2.
         repeats: views of each sample in a training batch (order.py).

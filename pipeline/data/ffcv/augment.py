@@ -6,8 +6,8 @@ Each random number is a pure function of (seed, epoch, view number, sample, draw
 therefore the same, bit for bit, in any thread, batch, rank and process. The loop is compiled
 without fastmath. Ratios come from a table, because `exp` depends on the machine's libm.
 
-FFCV's own decoders (1.0.2) use the generator of each numba thread, which cannot be seeded from
-outside, and ignore the status that `imdecode` returns.
+FFCV's own decoders (1.0.2) ignore the status that `imdecode` returns. They use the generator of
+each numba thread, which cannot be seeded from outside.
 """
 
 # B batch, S output side, C output channels, h w of a stored image
@@ -187,7 +187,7 @@ def no_augmentation(_, seed, epoch, index, strength, ratios, normals):
 def image_decoder(strong: bool) -> Any:
     """The compiled function that decodes one sample of a batch to its view.
 
-    Without strong augmentation it compiles in half the time.
+    Without strong augmentation the function compiles in half the time.
     """
     recolour = strong_augment.recolour if strong else no_augmentation
     erase = strong_augment.erase if strong else no_augmentation

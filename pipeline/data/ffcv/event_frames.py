@@ -61,7 +61,7 @@ class DecodeEvents(Decoder):
 def add_slice(out_SS, stored, first_word, word_bytes, top, left, is_mirrored, counts):
     """Add the shifted and mirrored counts of one slice and polarity to `out_SS`.
 
-    `first_word`: the index of their first word in `stored`.
+    `first_word`: the index of the first of these counts in `stored`, in words.
     """
     side = out_SS.shape[0]
     for y in range(side):

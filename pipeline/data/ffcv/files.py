@@ -62,7 +62,7 @@ class FileData(OrderedData):
         return hashlib.sha256(contents.encode()).hexdigest()
 
     def check(self) -> None:
-        """See base.Data. With `held_out` above 0, only the manifest of val.beton is read."""
+        """See base.Data. With `held_out` above 0, val.beton is not read, only its manifest."""
         check_file(self._path("train"))
         if not self.held_out:
             check_file(self._path("val"))

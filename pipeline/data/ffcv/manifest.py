@@ -43,7 +43,7 @@ class Manifest:
     # unreadable samples, with the reason
     skipped: list[dict[str, str]] = field(default_factory=list)
     # The omitted entries of a source folder: for each kind, one line of text with the number and an
-    # example. No program reads the text. Older manifests hold records instead of lines.
+    # example. No program parses the text. Older manifests hold records instead of lines.
     left_out: list[Any] = field(default_factory=list)
     # Sums over all samples. Of images: the number stored "as it is", as "jpg" or as "raw", and the
     # number "not rotated" (images.py). Of recordings: "events" and "saturated" counts
@@ -107,7 +107,7 @@ def read(path: Path) -> Manifest:
 class ContentHash:
     """sha256 over the class names and each sample's label, attributes and xxh3-128, in index order.
 
-    The attributes of an image are its storage code, height and width. Of arrays, the dtype and the
+    The attributes of an image are its storage code, height and width. For arrays, the dtype and the
     shape are hashed once, after the class names.
     """
 
@@ -133,7 +133,7 @@ def describe(
 
     Args:
         name: the name that the file will have.
-        content: its content hash.
+        content: the content hash of the file.
         fields: further fields of the manifest.
     """
     tables = beton.read_tables(path)

@@ -1,6 +1,6 @@
 """FFCV's loader with our order of samples, error handling, owned batches and threads that end.
 
-FFCV 1.0.2 blocks forever if its thread fails. After an early `break` its thread keeps running. It
+FFCV 1.0.2 blocks forever if its thread fails. After an early `break` its thread keeps running. FFCV
 returns buffers that it later overwrites, and it sets torch's number of threads. The classes here
 are subclasses of FFCV's classes. FFCV still reads the file and schedules the batches.
 """
@@ -221,10 +221,10 @@ class _EpochReader(api.epoch_iterator.EpochIterator):
 
     def close(self) -> None:
         """Stop reading ahead and wait for the thread. A daemon thread that hangs is abandoned."""
-        if getattr(self, "closed", True):  # the base class sets it before it starts the thread
+        if getattr(self, "closed", True):  # the base class sets it before the thread starts
             return
         self.closed = True
-        # The thread checks the event only while the queue is full. Else empty `iter_ixes` end it.
+        # The event ends a thread whose queue is full. The empty `iter_ixes` ends any other thread.
         self.iter_ixes = iter(())
         self.terminate_event.set()
         deadline = time.monotonic() + CLOSE_TIMEOUT_S

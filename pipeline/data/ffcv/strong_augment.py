@@ -133,7 +133,7 @@ def blend(pixels_SS3, operation, factor):
 
 @compiled
 def apply_operation(pixels_SS3, operation, magnitude, sign):
-    """Apply one operation in place. Only the last four operations have a `sign` (1 or -1)."""
+    """Apply one operation in place. Only the last four operations use `sign` (1 or -1)."""
     if operation >= TABLE_OPERATIONS:
         blend(pixels_SS3, operation, np.float32(max(0.1, 1.0 + sign * (magnitude / 10.0 * 0.9))))
         return

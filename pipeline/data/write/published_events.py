@@ -8,10 +8,10 @@
                                                              gestures; times in ms)
     ncaltech101   N-Caltech101    180x240   8709             Orchard et al. 2015
 
-numpy reads the files of DVS-Gesture, and tonic those of the other sets. N-MNIST and DVS-Gesture
+numpy reads the files of DVS-Gesture. tonic reads all other files. N-MNIST and DVS-Gesture
 have a test set. The others are split as in published results: the first 90 % of each class, in the
-order of the numbers in the file names, are the training set. A sensor that is not square is
-squeezed to a square frame.
+order of the numbers in the file names, are the training set. A sensor that is not square is scaled
+to a square frame.
 
 tonic has the licence GPL-3.0. It is imported only here, and only while a set is written: `pip
 install 'spiketrain[events]'`. Written sets are read without tonic. The recordings keep their own
@@ -103,7 +103,7 @@ def published_sets(name: PublishedSet, source: Path) -> list[Source]:
     root = Path(source).expanduser() / layout.dataset
     paths = [_find_files(name, root, folder) for folder in layout.folders]
     classes = layout.classes or sorted({path.parent.name for path in paths[0]}, key=_natural_key)
-    # A file with known classes is named after its label, else its folder after its class.
+    # With known classes, a file is named after its label, else its folder is named after its class.
     names = map(str, range(len(classes))) if layout.classes else classes
     labels = {name: label for label, name in enumerate(names)}
     parts = [[_recording(path, layout, labels) for path in part] for part in paths]

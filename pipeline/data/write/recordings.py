@@ -4,8 +4,8 @@
 
 With "time", slices have equal length: j = floor((t - begin) slices / (end - begin)). With "number",
 they have equal numbers of events: the i-th of N events is in slice floor(i slices / N). In both
-cases, two adjacent slices of 2n are together one slice of n. A file can therefore be read with any
-number of slices that divides its own.
+cases, slices 2j and 2j + 1 of 2n slices are together slice j of n slices. A file can therefore be
+read with any number of slices that divides the stored number.
 
 There are two ways to resize a recording. With "sum", an event at x falls on pixel
 floor(x size / width). Counts are then whole, and no event is lost. With "area", a pixel is the mean
@@ -52,8 +52,8 @@ class Stream(NamedTuple):
 class Framing:
     """Encodes recordings as `slices` frames of `size` x `size` pixels with two polarities.
 
-    A recording has a method `events()` that reads or generates its Stream. It raises OSError or
-    ValueError if the recording is damaged.
+    A recording has a method `events()` that reads or generates its Stream. The method raises
+    OSError or ValueError if the recording is damaged.
 
     Args:
         frames_by: cut slices by "time" or by the "number" of events.
@@ -183,7 +183,7 @@ def sorted_stream(
 def _pixel_shares(sensor: int, size: int) -> NDArray[np.float64]:
     """Cut a line of `sensor` pixels into `size` equal parts: the share of each pixel in each part.
 
-    The shares are [size, sensor], and those of a part sum to 1.
+    The result is [size, sensor]. The shares of a part sum to 1.
     """
     edges = np.arange(size + 1) * sensor / size
     low = np.maximum(edges[:-1, None], np.arange(sensor))
