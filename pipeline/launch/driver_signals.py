@@ -1,9 +1,9 @@
 """Signals that ask the driver of a run or a suite to stop.
 
-Ctrl-C, SIGTERM     As the first signal, it saves after the current step and stops. After another
-                    signal, it stops at once.
-SIGUSR1, SIGHUP     They save and stop, and never stop at once. A scheduler sends SIGUSR1 before its
-                    time limit. A terminal that closes sends SIGHUP.
+Ctrl-C, SIGTERM     The run saves after the current step and stops. If another signal came before,
+                    the run stops at once.
+SIGUSR1, SIGHUP     The run saves and stops, and never stops at once. A scheduler sends SIGUSR1
+                    before its time limit. A terminal that closes sends SIGHUP.
 """
 
 import math
@@ -52,15 +52,15 @@ def on_stop_signals(on_signal: Callable[[signal.Signals], None]) -> Iterator[Non
 
 
 class StopRequest:
-    """Passes signals to the workers of a run, as a file in its folder."""
+    """Passes signals to the workers of a run, as a file in the run's folder."""
 
     def __init__(self, folder: Path, print_line: Callable[[str], None]) -> None:
         self._folder, self._print_line = folder, print_line
         self._signal_name, self._is_printed = "", False
 
     def on_signal(self, number: signal.Signals) -> None:
-        """Ask the workers to stop. If they were asked before, end this process, unless the signal
-        is one of SAVING_SIGNALS.
+        """At the first signal, ask the workers to stop. At a later signal, end this process, unless
+        the signal is one of SAVING_SIGNALS.
 
         The request is not printed here: the main thread may be in the middle of a line.
         """
@@ -74,8 +74,8 @@ class StopRequest:
                 os._exit(130)
 
     def report(self) -> None:
-        """Print the request once. Write it again if the storage did not take the file. The driver
-        calls this method repeatedly.
+        """Print the request once. If the storage did not take the request, write it again. The
+        driver calls this method repeatedly.
         """
         if not self._signal_name:
             return

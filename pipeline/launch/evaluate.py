@@ -1,4 +1,6 @@
-"""`spiketrain evaluate`: the accuracy of a trained network on the whole evaluation set."""
+"""`spiketrain evaluate`: the accuracy of a trained network on the whole evaluation set, and the
+energy of an inference.
+"""
 
 import time
 from contextlib import closing

@@ -1,8 +1,8 @@
 """`spiketrain doctor`: finds problems of a training before it starts.
 
 Each node checks its versions, its GPUs and their driver, the shared folders and their locks, and
-whether FFCV can read images. Versions and GPUs are also compared between nodes. Then the nodes
-connect to one another, and a request is sent to MLflow.
+whether FFCV can read images. Versions and GPUs are also compared between nodes. Then the nodes of a
+cluster connect to one another, and this machine checks MLflow.
 """
 
 import fcntl
@@ -54,7 +54,7 @@ MLFLOW_TIMEOUT_S = 10.0
 @dataclass(frozen=True)
 class Finding:
     check: str
-    state: Literal["ok", "warn", "bad"]  # `bad`: a training would fail, or MLflow cannot be used
+    state: Literal["ok", "warn", "bad"]  # `bad`: to be solved before a training
     text: str
     advice: str = ""
 
@@ -68,8 +68,9 @@ class NodeReport:
     findings: tuple[Finding, ...] = ()
 
 
-# The folder of runs, and then the folder or the address (s3://bucket/prefix) of checkpoints. The
-# value for a folder is the marker that the driver wrote there. For an address it is None.
+# The keys: the folder of runs, and then the folder or the address (s3://bucket/prefix) of
+# checkpoints. The value for a folder is the marker that the driver wrote there. The value for an
+# address is None.
 Stores = Mapping[str, Marker | None]
 
 _LABELS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "bad": ("BAD", "bold red")}
@@ -83,7 +84,7 @@ def preflight(
     Args:
         runs: the folder of runs, which all nodes must share.
         address: the address of a Ray cluster. None or `local`: this machine.
-        checkpoints: the address of checkpoints, if they are not in the folder of runs.
+        checkpoints: the folder or the address of checkpoints, if they are not in `runs`.
 
     Raises:
         UserError: no cluster accepts this process, or the address of checkpoints has credentials.
@@ -164,8 +165,8 @@ def _findings(results: Sequence[NodeReport | Finding]) -> Iterator[Finding]:
 
 
 def _examine_nodes(stores: Stores) -> list[NodeReport | Finding]:
-    """The report of each node that is up, the head first. For a node that cannot be examined, a
-    finding with the reason.
+    """The report of each node that is up, the head first. A node that cannot be examined has a
+    finding with the reason instead.
     """
     import ray
     from ray.exceptions import GetTimeoutError, RayError
@@ -359,7 +360,7 @@ def _check_gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...],
             names.append(torch.cuda.get_device_name(index))
         except Exception as error:  # torch raises errors of many types
             findings.append(_bad("gpus", f"GPU {index} fails", error, advice))
-    # Without Ray, the files of NVIDIA's driver are counted: it has one for each GPU. They are not
+    # Without Ray, the device files of NVIDIA's driver are counted, one for each GPU. They are not
     # counted if the user has chosen some of the GPUs.
     files = 0 if "CUDA_VISIBLE_DEVICES" in os.environ else len(list(DEVICES.glob("nvidia[0-9]*")))
     expected = files if resources is None else int(resources.get("GPU", 0))
@@ -524,7 +525,7 @@ def check_mlflow(uri: str) -> Finding:
     password.
     """
     if (file := sqlite_file(uri)) is not None:
-        try:  # MLflow may make the file and its folder, and SQLite a journal in the folder.
+        try:  # MLflow may make the file and its folder. SQLite makes a journal there.
             tempfile.TemporaryFile(dir=next(each for each in file.parents if each.exists())).close()
             if file.exists():
                 file.open("r+b").close()
@@ -553,7 +554,7 @@ def check_mlflow(uri: str) -> Finding:
             "bad",
             f"{url}: {reason(uri, error)}",
             "check MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD, or _TOKEN; a training continues"
-            " without the server, and `spiketrain sync` delivers later",
+            " without the server, and `spiketrain sync` delivers its events later",
         )
     import requests
 

@@ -46,12 +46,12 @@ def prepare(
         parent: the id of the suite's launch. None: the run belongs to no suite.
         suite: the name of this suite's folder.
         family: the MLflow experiment of this suite. None: the experiment of the recipe.
-        adopt_checkpoints: a run of this name whose folder is gone may have left checkpoints at
-            `cluster.checkpoints`. Continue from them.
+        adopt_checkpoints: whether to continue from checkpoints that an earlier run of this name
+            has left at `cluster.checkpoints`.
 
     Raises:
         ValueError: the data set or the weights that `init` names are missing, the name is taken or
-            refused, or there are checkpoints, and they are of another study or must not be adopted.
+            refused, or checkpoints of this name are refused (`_store_of_run`).
     """
     recipe = recipe.resolved()
     trust = own_code.needed(trust, targets_of(recipe))
@@ -96,8 +96,8 @@ def _store_of_run(
     owner; None: the store has no owner.
 
     Raises:
-        ValueError: the store has checkpoints or an owner without `adopt_checkpoints`, the owner is
-            of another study, or the address cannot be opened.
+        ValueError: the store has checkpoints or an owner, and `adopt_checkpoints` is False; the
+            owner is of another study; or the address cannot be opened.
     """
     address, names, owner = open_store(checkpoints, run)
     found = names[-1] if names else f"the store of {owner}"
@@ -146,7 +146,7 @@ def write_job(job: Job, folder: Path | None = None) -> None:
 
 
 def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
-    """Read job.json. The folder may have been moved since it was written.
+    """Read job.json. The folder may have been moved since job.json was written.
 
     Raises:
         ValueError: the file is missing or damaged, or a value is refused.

@@ -34,12 +34,13 @@ _TASK = TaskID(0)  # the only task of the bar
 class ProgressDisplay:
     """Shows the events of a run's journal while the run trains.
 
-    It first prints the run's folder and the command that resumes the run. It shows only events that
-    are written after its creation. None of its errors ends the training.
+    It first prints the run's folder, the MLflow store and the command that resumes the run. It
+    shows only events that are written after its creation. Its errors do not end the training.
 
     Args:
         mlflow_uri: the URI of the MLflow store.
-        name: prefix of each line, for several runs that are shown at once. They have no bar.
+        name: prefix of each line, for several runs that are shown at once. With a name there is no
+            bar.
         on_events: called with the new events after they were shown.
         interval_s: seconds between lines about steps if there is no bar.
         clock: measures these seconds.
@@ -333,8 +334,8 @@ _FORMATTERS: dict[type[Event], Callable[[Any], str | list[str]]] = {
     ),
     events.Died: lambda event: f"worker {event.worker} ended: {event.error}",
     events.DataWait: lambda event: (
-        f"training waits for data {_percent(event.share)} of the time: raise --loader-threads,"
-        f" now {event.loader_threads}, and --cpus-per-worker"
+        f"training waits for data {_percent(event.share)} of the time: raise --loader-threads"
+        f" (now {event.loader_threads}) and --cpus-per-worker"
     ),
     events.Smaller: lambda event: (
         f"out of memory: a micro-batch has at most {counted(event.micro_batch, 'sample')} from now"

@@ -90,7 +90,7 @@ class Ray:
         cluster: the options of the launch.
         work: the function that each worker calls with its job and its rank. Benchmarks pass a
             function that measures.
-        needs_cores: refuse a cluster that now has too few cores for the workers.
+        needs_cores: whether to refuse a cluster that now has too few cores or GPUs for the workers.
     """
 
     cluster: Cluster
@@ -106,8 +106,8 @@ class Ray:
         This must happen in the main thread: Ray's servers end with the thread that started them.
 
         Raises:
-            UserError: no cluster can be joined, it has too few cores or GPUs, or this machine's
-                GPUs cannot be used.
+            UserError: no cluster can be joined, the cluster has too few cores or GPUs, or this
+                machine's GPUs cannot be used.
         """
         address, n_sizes = self.cluster.address, len(self.cluster.sizes)
         settings = SETTINGS | worker_start_timeout(self.cluster.node_loss, n_sizes=n_sizes)
@@ -141,8 +141,8 @@ class Ray:
                 cores = max(
                     self.min_workers * self.cluster.worker_settings["threads"], cores_here()
                 )
-                # A terminal that closes sends SIGHUP to all its processes. It must not end Ray:
-                # workers have to save first.
+                # A terminal that closes sends SIGHUP to all its processes. SIGHUP must not end
+                # Ray: workers have to save first.
                 with blocked_signal(signal.SIGHUP):
                     # Without "local", Ray would join a cluster that runs on this machine.
                     ray.init(address="local", num_cpus=cores, include_dashboard=False, **quiet)
@@ -231,8 +231,8 @@ class Ray:
 
         Raises:
             UserError: a worker refused to continue until the user changes something.
-            LaunchError: the workers failed more often than allowed (`WorkersEnded`), or there were
-                no resources for them.
+            LaunchError: the workers died and are not restarted (`WorkersEnded`), or there were no
+                resources for them.
         """
         from pipeline.launch.ray_trainer import is_lack_of_resources, needs_the_user, no_resources
 
@@ -271,8 +271,8 @@ class Ray:
             job = replace(job, threads=cores, loader_threads=loader_threads)
         sizes = self.cluster.sizes
         is_elastic = len(sizes) > 1
-        # True if this launch, or the launch of the run's suite, has started the cluster. The nodes
-        # show this, the address does not.
+        # True if this launch, or the launch of the run's suite, has started the cluster. The
+        # addresses of the nodes show this. The address of the cluster does not.
         on_loopback = all(node["NodeManagerAddress"] == HOST for node in alive_nodes())
         return Trainer(
             partial(_train, work=self.work, sizes=sizes),
@@ -294,8 +294,8 @@ class Ray:
                 storage_path=str(Path(job.run) / "ray"),
                 failure_config=FailureConfig(
                     max_failures=self.cluster.max_restarts,
-                    # If there are no resources in time, `Resizing` (-1: Ray sets no limit) or
-                    # `Restarts` decides how long the run waits.
+                    # `Resizing` (-1: Ray sets no limit) or `Restarts` decides how long the run
+                    # waits for resources.
                     controller_failure_limit=-1 if is_elastic else 1,
                 ),
                 worker_runtime_env={
@@ -341,7 +341,8 @@ def _train(config: dict[str, Any], *, work: Work, sizes: tuple[int, ...]) -> dic
 def _drain_notice() -> Notice | None:
     """Ray's notice that nodes of this run are being drained.
 
-    `ray.train.get_preemption_info` (2.60) returns only after every worker has called it.
+    `ray.train.get_preemption_info` is not used, because it returns only after every worker has
+    called it (2.60).
     """
     from ray.train.v2._internal.execution.context import get_train_context
 

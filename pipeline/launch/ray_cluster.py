@@ -8,9 +8,9 @@ cluster has one of them.
                waits up to an hour for another node. A node whose link is cut for about 4 s counts
                as dead too. Ray does not let it join again, so its operator has to restart it.
                This profile is for nodes that are killed: preemptible machines, autoscalers.
-    patient    The run waits while a link is cut for half a minute or more. No node is lost, and the
-               workers continue or are restarted on the same nodes. The run waits as long for a dead
-               node, and then continues without it. This profile is for machines that stay, on an
+    patient    A silent node counts as lost after half a minute or more. If its link is mended
+               before that time, the workers continue or are restarted on the same nodes. Otherwise
+               the run continues as with `fast`. This profile is for machines that stay, on an
                unreliable network.
 
 A profile consists of environment variables. `NODE_SETTINGS` are for the processes that start the
@@ -63,9 +63,9 @@ INHERITED_PREFIXES = (
 
 
 def worker_start_timeout(node_loss: NodeLoss, *, n_sizes: int) -> dict[str, str]:
-    """Ray Train's setting of the time that it waits for resources for all workers.
+    """Ray Train's setting for its wait for the resources of all workers.
 
-    If the run may have several numbers of workers (`n_sizes`), Ray Train then asks for fewer.
+    If the run may have several numbers of workers (`n_sizes` > 1), Ray Train then asks for fewer.
     """
     if node_loss == "fast" and n_sizes == 1:
         return {}
@@ -103,8 +103,8 @@ def worker_environment(
             for name, value in os.environ.items()
             if name.startswith(INHERITED_PREFIXES) and not is_secret(name)
         },
-        # Workers find the packages that the user trusts on this path. They start in another folder,
-        # so the path is absolute.
+        # On this path, workers find the packages that the user trusts. Workers start in another
+        # folder, so the path is absolute.
         "PYTHONPATH": os.pathsep.join(
             dict.fromkeys(str(Path(entry).absolute()) for entry in sys.path)
         ),
@@ -141,7 +141,9 @@ LOST_PEER_MESSAGES = (
 
 
 def innermost(error: BaseException) -> str:
-    """The last line of the error that a worker raised, or of `error` itself. Ray nests errors."""
+    """The last line of the error that a worker raised, after `worker RANK: `. If no worker raised
+    one, the last line of `error`, after its type. Ray nests errors.
+    """
     subject, raised = type(error).__name__, error
     if failures := getattr(error, "worker_failures", None):
         rank, raised = cause(failures)
@@ -196,7 +198,7 @@ def offer_token() -> None:
 
 @contextmanager
 def silent_stderr() -> Iterator[None]:
-    """Inside the block, drop all text of this process on stderr, also that of C++ code."""
+    """Inside the block, drop all text of this process on stderr, also the text of C++ code."""
     stderr = os.dup(2)
     with open(os.devnull, "wb") as devnull:
         os.dup2(devnull.fileno(), 2)

@@ -3,15 +3,15 @@ store on loopback.
 
 Other machines must not reach the cluster that a launch starts. A setting makes Ray listen on
 loopback only. gloo and NCCL listen there if the name of the interface is set. torch's store (2.13)
-has no option for its host, and no token. So `_open_store` gives it a socket on loopback.
+has no option for its host, and no token. So `_open_store` gives the store a socket on loopback.
 
 Ray's own policies (2.60) do not fit long runs:
 
-- They count restarts over the whole run, so that a fourth death in days of training ends it.
+- They count restarts over the whole run, so a fourth death in days of training ends the run.
 - They end a run that has no resources for its workers for two minutes. Replacing a machine may
   take ten minutes.
 - They use any number of workers within a range, and count a lost node for up to 20 s. If a run can
-  grow, they end its workers at once, before it saves.
+  grow, they end its workers at once, before the run saves.
 
 `Restarts` counts only deaths without progress. `Resizing` uses only the numbers of workers that the
 run may have, counts only nodes that stay, and asks the run to save first.
@@ -62,7 +62,7 @@ from pipeline.train.job import Notice, note_death, was_stopped
 
 HOST = "127.0.0.1"
 
-# The store of worker 0. It is kept here, because its server ends with its last client.
+# The store of worker 0. Without this reference, the store's server would end.
 _store: list[TCPStore] = []
 
 
@@ -127,7 +127,8 @@ class _Backend(_TorchBackend):
 def _open_store() -> int:
     """Open the server of the store in worker 0, and return its port.
 
-    When torch in worker 0 then opens a store at that port, `multi_tenant` lets it share this one.
+    torch in worker 0 then opens a store at that port. With `multi_tenant`, that store uses this
+    server.
     """
     listener = socket.create_server((HOST, 0))
     port = listener.getsockname()[1]
@@ -150,8 +151,7 @@ def _set_store_address(port: int) -> None:
 
 # Maximum time in which a run waits for resources, if a node may come back or be replaced.
 RESOURCES_TIMEOUT_S = 3600.0
-# Time between two checks for resources for another number of workers. A new node has to stay for
-# this time.
+# Time between two checks for resources for another number of workers.
 CHECK_INTERVAL_S = 10.0
 # Maximum wait for the checkpoint before the number of workers changes. The next step may take long.
 SAVE_TIMEOUT_S = 300.0
@@ -165,12 +165,12 @@ class Restarts(DefaultFailurePolicy):
     """Ends the run in `folder` after more than `max_failures` deaths of workers without progress.
 
     Progress is a checkpoint of a later step, or a decision of recovery (a rollback, a smaller
-    micro-batch). The death that led to a decision does not count: if there are several workers,
-    they always restart after it, while a single worker continues by itself (worker.py). If only the
-    user can remove the cause of a death, the run ends at once.
+    micro-batch). The death that led to a decision does not count: several workers always restart
+    after a decision. A single worker continues by itself (worker.py). If only the user can remove
+    the cause of a death, the run ends at once.
 
     With `waits_for_nodes`, a run that has lost a node after its workers started waits for resources
-    for up to an hour. This does not count as a death.
+    for up to an hour. This wait does not count as a death.
     """
 
     def __init__(self, config: FailureConfig, *, folder: Path, waits_for_nodes: bool) -> None:
@@ -303,7 +303,7 @@ class Resizing(ElasticScalingPolicy):
         self._no_workers_since = None
         if self._pending is None:
             if time.monotonic() - self._recomputed_at > CHECK_INTERVAL_S / 2:
-                # By itself the coordinator checks the cluster only every 20 s.
+                # By itself Ray's coordinator checks the cluster only every 20 s.
                 self._recomputed_at = time.monotonic()
                 coordinator: Any = self._autoscaling_coordinator
                 coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
@@ -371,7 +371,7 @@ def needs_the_user(error: Exception) -> bool:
 
 
 def journal_waiting(folder: Path, workers: int) -> None:
-    """Journal that the run in `folder` waits for resources. The driver shows this event.
+    """Write to the journal that the run in `folder` waits for resources. The driver shows this.
 
     Raises:
         OSError: the journal cannot be written.

@@ -93,8 +93,8 @@ def check_resumed(
         world_size = _newest_world_size(store_of(folder))
         require(
             world_size is None or cluster.sizes == (world_size,),
-            f"resume: with ZeRO-{zero}, --workers must be that of the newest checkpoint,"
-            f" {world_size}; got {format_sizes(cluster.sizes)}",
+            f"resume: with ZeRO-{zero}, --workers must be {world_size}, as at the newest"
+            f" checkpoint; got {format_sizes(cluster.sizes)}",
         )
 
 
@@ -153,7 +153,7 @@ def refuse_unless_launched_so(
 
 
 def _json_fields(recipe: Recipe) -> Any:
-    # As recipe.json has them: tuples are lists there.
+    # As in recipe.json, tuples become lists.
     return json.loads(json.dumps(recipe.to_json()))["recipe"]
 
 

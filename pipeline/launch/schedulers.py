@@ -3,7 +3,7 @@
 Each scheduler has `render_...`, which makes the text of a job, and `submit_...`, which gives the
 text to the scheduler's own program. `kubectl` applies a RayJob, made from a folder such as
 infra/k8s/overlays/cpu/job. `sbatch` gets infra/slurm/train.sbatch with options. `ray job submit`
-gets a command line. To render a job needs neither the data nor the cluster.
+gets a command line. Rendering a job needs neither the data nor the cluster.
 """
 
 import math
@@ -82,7 +82,7 @@ class LaunchRequest:
         return prefix + counted(workers, "worker")
 
     def launch_command(self, *options: str) -> list[str]:
-        """The command that the scheduler starts. It starts the run or continues it."""
+        """The scheduler's command, which starts or continues the run."""
         return [
             *("spiketrain", "launch", *self.words, "--name", self.name, "--runs", self.runs),
             *("--address", "auto", "--workers", format_sizes(self.sizes), *options),
@@ -147,14 +147,14 @@ def render_rayjob(request: LaunchRequest) -> str:
     """The RayJob of the kustomize folder in the option `infra`, as YAML. The name, the entrypoint,
     the image and the number of pods are those of the request.
 
-    There are as many pods as the workers need, and never fewer: the driver counts their cores when
-    it starts. With several numbers of workers, the job starts with the pods for the smallest
-    number. Ray's autoscaler adds pods, up to those for the largest number.
+    There are as many pods as the workers need, and never fewer: the driver counts the cores of the
+    pods when it starts. With several numbers of workers, the job starts with the pods for the
+    smallest number. Ray's autoscaler adds pods, up to those for the largest number.
 
     Raises:
-        ValueError: Kubernetes would refuse the name or the image; the folder has no RayJob, another
-            kind of RayJob, or too few pods for the workers; or runs or checkpoints would be on a
-            pod's own disk.
+        ValueError: Kubernetes would refuse the name or the image; the folder has no RayJob or
+            several, another kind of RayJob, or too few pods for the workers; or runs or checkpoints
+            would be on a pod's own disk.
         UserError: see `manifests_of`.
     """
     folder = request.options["infra"]
@@ -186,7 +186,7 @@ def submit_rayjob(manifest: str) -> str:
     """Apply a RayJob to kubectl's cluster and namespace. Returns kubectl's output.
 
     If a job of this name is running, it continues, and changes apply from its next attempt. KubeRay
-    (1.7.0) would not start a job of this name that has ended, so it is refused.
+    (1.7.0) does not start an ended job again, so an ended job of this name is refused.
 
     Raises:
         UserError: kubectl failed, or a RayJob of this name has ended.
@@ -370,15 +370,15 @@ def _require_match(subject: str, value: str, pattern: str, rule: str) -> None:
 
 
 def render_ray_job(request: LaunchRequest) -> str:
-    """The `ray job submit` command for the cluster whose dashboard is the option `cluster`,
-    ray://HOST:PORT.
+    """The `ray job submit` command for a running cluster. The option `cluster` is the address of
+    the dashboard, ray://HOST:PORT.
 
     The driver runs on the cluster's head, in the folder where Ray was started. The paths of runs
     and recipes are relative to this folder.
 
     Raises:
-        ValueError: the address or the name is refused, or an image is given, which a running
-            cluster cannot change.
+        ValueError: the address or the name is refused, or an image is given. A running cluster
+            cannot change its image.
     """
     address = request.options["cluster"]
     require(

@@ -120,7 +120,7 @@ def resume_suite(
     """Continue a suite. Returns its folder.
 
     Args:
-        options: values of OPERATIONAL_FIELDS. They replace those of the launch for good.
+        options: values of OPERATIONAL_FIELDS. They permanently replace those of the launch.
 
     Raises:
         ValueError: a folder is damaged, or a run, a recipe or an option is refused.
@@ -204,7 +204,7 @@ def _train_one_by_one(suite: SuiteRuns, launcher: Launcher, console: Console) ->
         except UserError:
             if not suite.is_over(recipe.name):  # a run that diverged is over
                 raise
-        # A request in the last batch of a run comes too late to stop the run. It stops the suite.
+        # A request in the last batch of a run is too late to stop the run, but stops the suite.
         if was_stopped(suite.folders[recipe.name]) and recipe is not remaining[-1]:
             return False
     return True

@@ -29,7 +29,7 @@ PARTS: tuple[Part, ...] = get_args(Part)
 REST = "rest"
 # Work between batches, in seconds of the host. "coordination" is the exchange between ranks after
 # each batch, and the reading of the meters. On a GPU it includes waits for kernels, whose time is
-# charged to their batch as well. "skipped" is the whole time of uncompleted batches.
+# charged to their batch as well. "skipped" is the time of uncompleted batches, except batch 0.
 Section = Literal["evaluation", "checkpoint", "tracking", "fidelity", "coordination", "skipped"]
 SECTIONS: tuple[Section, ...] = get_args(Section)
 

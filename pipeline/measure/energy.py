@@ -157,7 +157,7 @@ class EnergyCounter:
             self.card = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
             with suppress(pynvml.NVMLError):
                 pynvml.nvmlInit()
-                # By UUID, as CUDA numbers only the visible cards.
+                # By UUID, because CUDA numbers only the visible cards.
                 self._handle = pynvml.nvmlDeviceGetHandleByUUID(self.card)
 
     def read(self) -> float | None:

@@ -49,7 +49,7 @@ def gradients(
     BPTT and step by step in an online rule. All other random draws use equally seeded generators.
 
     Args:
-        make_loss: called for each batch.
+        make_loss: makes the loss function; called for each batch.
         world: its seed and `step` determine the rule's random draws.
         rule_state: the state dict of a rule that trains its own parameters, such as OPZO; None: a
             fresh state.

@@ -214,7 +214,7 @@ def format_hardware(machine: Mapping[str, Any]) -> str:
 
 
 def _proc_field(path: str, field: str) -> str:
-    """The text after a field name and its colon; "" if it is missing."""
+    """The text after a field name and its colon; "" if the field is missing."""
     try:
         with Path(path).open() as file:  # read up to the field: a whole cpuinfo may be long
             line = next((line for line in file if line.startswith(field)), "")

@@ -47,7 +47,7 @@ Item = TypeVar("Item")
 
 
 class _MicroBatch(NamedTuple):
-    """Loss and hits of a micro-batch. `take` sums those of all batches at once, to save kernels."""
+    """Loss and hits of a micro-batch. To save kernels, `take` sums all batches at once."""
 
     losses_L: Tensor
     hit_B: Tensor
@@ -78,7 +78,7 @@ class Meters:
             `memory_every`-th batch after it. Counting takes time, so these batches are not steady.
             If such a batch is not completed, the next batch is counted instead. None: never.
         operations_every: operations are counted in the same way, but by steps of the run, from the
-            third. They depend on the learnt weights, not on the warm-up of the machine. None:
+            third step. They depend on the learnt weights, not on the warm-up of the machine. None:
             never.
     """
 
@@ -283,9 +283,9 @@ class Meters:
     def forget_peaks(self, *, releases_memory: bool = False) -> None:
         """Reset the peaks, to exclude earlier memory and energy that are not training's.
 
-        Freed memory is returned to the kernel or the device only if it would raise training's
-        peak. Otherwise training reuses it, and need not allocate it again page by page.
-        `releases_memory` returns it in any case.
+        Freed memory is returned to the kernel or the device if it would raise training's peak, or
+        with `releases_memory`. Otherwise training reuses the memory, and need not allocate it again
+        page by page.
         """
         if releases_memory or rss_bytes() > self.totals.peak_rss_bytes:
             release_freed_memory()

@@ -14,10 +14,10 @@ The counts come from the numbers of non-zeros along each summed index, so no int
 large as the product itself.
 
 Each pair without a zero costs one addition. It also costs a multiplication, unless one side of the
-product has one magnitude: its non-zero numbers are equal up to their sign, as spikes are. In a
-weight the numbers of each output may have their own magnitude, as in 1-bit weights. The numbers of
-the other side are then added or subtracted. The multiplication of the sum by the magnitude is not
-counted. Means of spikes from a pool, and sums of spikes from a shortcut, have several magnitudes.
+product has one magnitude: its non-zero numbers are equal up to their sign, as spikes are. The
+numbers of the other side are then added or subtracted. The multiplication of the sum by the
+magnitude is not counted. In a weight, each output may have its own magnitude, as in 1-bit weights.
+Means of spikes from a pool, and sums of spikes from a shortcut, have several magnitudes.
 
 Element-wise work (neurons, norms, losses) is not counted, because it is smaller than the products
 by a factor of the fan-in. Products inside a fused torch operation, such as attention or a recurrent
@@ -113,7 +113,7 @@ class Operations(TorchDispatchMode, Pausable):
         if count is None and func.has_kernel_for_dispatch_key(
             torch._C.DispatchKey.CompositeImplicitAutograd
         ):
-            with self:  # in inference mode, for operations that are composed of others
+            with self:  # only in inference mode: the operation is composed of others
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
         if not self.is_paused:
@@ -237,8 +237,8 @@ def _convolution_backward(
 ) -> None:
     """Both products of the backward have the triples (output, input, weight) of the forward.
 
-    Each product multiplies two of the three. Its count has ones for the third. torch's mask says
-    which of the three gradients are computed: of the input, the weight and the bias.
+    Each product multiplies two of the three. To count its pairs, ones replace the third. torch's
+    mask says which gradients are computed: of the input, the weight and the bias.
     """
     *settings, (computes_x, computes_weight, _) = settings_and_mask
     groups, all_pairs = settings[-1], _all_pairs(x, weight, *settings)

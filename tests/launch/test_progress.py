@@ -382,8 +382,8 @@ ENERGY = "an inference: 14.3 µJ estimated (45 nm, fp32), "
         (
             [START, {"event": "data_wait", "share": 0.345, "loader_threads": 1}],
             [
-                "training waits for data 34.50% of the time: raise --loader-threads, now 1, and"
-                " --cpus-per-worker"
+                "training waits for data 34.50% of the time: raise --loader-threads (now 1)"
+                " and --cpus-per-worker"
             ],
         ),
     ],

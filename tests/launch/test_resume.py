@@ -292,7 +292,7 @@ def test_zero_goes_on_with_as_many_workers_as_wrote_its_newest_checkpoint(
         (folder / "trainer.json").write_text("torn" if trainer is None else json.dumps(trainer))
     resume = ("resume", "it", "--runs", str(tmp_path), "--workers", "4")
     if is_refused:
-        said = "resume: with ZeRO-2, --workers must be that of the newest checkpoint, 2; got 4"
+        said = "resume: with ZeRO-2, --workers must be 2, as at the newest checkpoint; got 4"
         assert refused(*resume) == said
     else:
         with pytest.raises(Started):
