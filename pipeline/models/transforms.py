@@ -1,4 +1,6 @@
-"""Transforms of a network, for example `model=spec(late, network=spec(convnet), time_steps=4)`.
+"""Transforms of a network.
+
+They are parts of a recipe, for example `model=spec(late, network=spec(convnet), time_steps=4)`.
 
     binarized       1-bit weights in a part of the network
     multi_head      one classifier per task
