@@ -129,7 +129,7 @@ class HeldBytes:
 
 
 def held_bytes(network: nn.Module, optimizer: torch.optim.Optimizer) -> HeldBytes:
-    """Held bytes. Call it after the optimizer's first step, which creates its state."""
+    """The worker's held bytes. The optimizer must have made a step, which creates its state."""
     state = (value for values in optimizer.state.values() for value in values.values())
     return HeldBytes(
         parameters=storage_bytes(network.parameters()),

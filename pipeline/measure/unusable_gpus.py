@@ -56,7 +56,7 @@ def unusable_gpus() -> UnusableGPUs | None:
             return None
         return UnusableGPUs(
             f"NVIDIA's driver does not answer for the GPUs in {DEVICES}: {error}",
-            f"{DRIVER_ADVICE}; after an update of the driver restart the machine; or {CPU_ADVICE}",
+            f"{DRIVER_ADVICE}; after an update of the driver, restart the machine; or {CPU_ADVICE}",
         )
     if not gpus:
         return None

@@ -35,7 +35,7 @@ Head = Literal["linear", "rate"]
 
 
 class Layer(nn.Module):
-    """h = neuron(norm(convolution(h))), and dropout.
+    """h = dropout(neuron(norm(convolution(h)))).
 
     The image size changes only by the stride. The convolution has a bias if there is no norm.
     """
@@ -71,9 +71,9 @@ class Layer(nn.Module):
 class ConvNet(nn.Module):
     """Stages of layers, see the top of the file. `convnet` explains the arguments.
 
-    Raises: ValueError for an empty stage, sizes below 1, an even kernel, a dropout below 0 or from
-    1 on, an unknown choice, `over` without batch norm or `mask` without dropout; in `forward` for
-    an image too small for the pools.
+    Raises: ValueError for no or empty stages, sizes below 1, an even kernel, a dropout below 0 or
+    from 1 on, an unknown choice, over="time" without any batch norm, or mask="step" without
+    dropout; in `forward` for an image too small for the pools.
     """
 
     def __init__(

@@ -73,7 +73,7 @@ class FeedbackNetwork(nn.Module):
 class ConvTranspose2d(nn.ConvTranspose2d):
     """`torch.nn.ConvTranspose2d` on `[T, B, C, H, W]`, without bias.
 
-    It enlarges the image by the factor `stride`.
+    For an odd kernel the image grows by the factor `stride`.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int) -> None:
@@ -331,7 +331,7 @@ def lenet_f(
     before it has done so. `dropout_on="currents"` adds dropout after the last synapse only, as
     published.
 
-    Raises: ValueError for sizes below 1, an image that two pools do not divide, or an unknown
+    Raises: ValueError for sizes below 1, a `size` that is not a multiple of 4, or an unknown
     `dropout_on`.
     """
     refuse_unless_counts("lenet_f", {"classes": classes, "in_channels": in_channels, "size": size})

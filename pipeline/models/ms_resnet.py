@@ -4,9 +4,9 @@
     where the shape changes, the shortcut is N S x, a 1x1 synapse that reads the stream itself
 
 L is a neuron, S a synapse, N its norm. Every neuron precedes its synapse. The 7x7 stem has
-no neuron and no pool, and the first stage halves the image too. The 104-layer network has a stem of
-three 3x3 synapses, an average pool before the 1x1 in its shortcuts, and dropout before the
-classifier. The last batch norm of a block starts at gain 0, all others at the threshold.
+no neuron and no pool. The first stage halves the image again. The 104-layer network has a stem of
+three 3x3 synapses, an average pool before the 1x1 synapses of its shortcuts, and dropout before the
+classifier. The last batch norm of a block starts at gain 0, all others at gain 0.5 (`THRESHOLD`).
 
 With `shortcut="multiple"` every synapse has its own shortcut. With `norm="sws"` there is no batch
 norm, and the 1x1 synapse of a shortcut reads spikes (`models/residual.py`).

@@ -4,10 +4,10 @@
              y = x + alpha skip_gain branch(h)
              where the shape changes, the shortcut is a 1x1 convolution of h, not of x
 
-Standardised weights keep each branch at unit variance, gamma restores the variance that the spike
-function removes, beta is the expected standard deviation of the stream, and skip_gain starts at 0.
-No batch statistics are used, so the network can run one time step at a time. The stream is
-real-valued, and no neuron precedes the last pool.
+Standardised weights keep each branch at unit variance. gamma restores the variance that the spike
+function removes. beta is the expected standard deviation of the stream. alpha is 0.2, and skip_gain
+starts at 0. No batch statistics are used, so the network can run one time step at a time. The
+stream is real-valued, and no neuron precedes the last pool.
 
 Source: Brock et al. 2021 (arXiv 2101.08692) for the network without batch norm; Xiao et al.
 2022 (OTTT, arXiv 2210.04195) and Meng et al. 2023 (SLTT, arXiv 2302.14311) for the spiking network.
@@ -31,7 +31,7 @@ from pipeline.spiking.synapse import Linear
 class NFResNet(nn.Module):
     """`[T, B, C, H, W]` to `[T, B, K]`.
 
-    The order is: stem, up to four stages of blocks, global average pool, classifier.
+    The order is: stem, stages of blocks, global average pool, classifier.
 
     `stem="imagenet"` is a 7x7 convolution of stride 2 and an average pool of stride 2;
     `stem="small"` is a 3x3 convolution of stride `stem_stride`, for images of 28 to 32 pixels.

@@ -45,7 +45,7 @@ def copy_neuron(neuron: nn.Module) -> nn.Module:
 def variance_gain(neuron: nn.Module) -> float:
     """The factor that gives a neuron's output unit variance if its current has unit variance.
 
-    For neurons other than LIF and ReLU it is that of threshold 1.
+    A neuron that is neither a LIF nor ReLU gets the factor of threshold 1.
     """
     if isinstance(neuron, nn.ReLU):
         return RELU_GAIN
@@ -85,8 +85,8 @@ class RateHead(nn.Module):
     """logits = readout(neuron(norm(linear(neuron(x))))), `[T, B, C]` to `[T, B, K]`.
 
     The input is the output of a pool, so it consists of means of spikes. The first neuron turns
-    them into spikes again. The logits are the last neuron's output; `rate_readout` weights its time
-    steps for leaky rate neurons only. With `nn.ReLU` as the neuron it is the head of the ANN.
+    them into spikes again. The logits are the last neuron's output. For leaky rate neurons,
+    `rate_readout` weights its time steps. With `nn.ReLU` as the neuron, this is the ANN's head.
 
     Source: Meng et al. 2022 (DSR, arXiv 2205.00459).
     """
@@ -109,7 +109,7 @@ class RateHead(nn.Module):
 
 
 class MeanPool(nn.Module):
-    """Means of squares of `size` x `size` pixels: `[N, C, H, W]` to `[N, C, H // size, W // size]`.
+    """The mean of each `size` x `size` square: `[N, C, H, W]` to `[N, C, H // size, W // size]`.
 
     The squares are disjoint. Remaining rows and columns at the right and the bottom are ignored, as
     in `nn.AvgPool2d(size)`.

@@ -4,7 +4,7 @@
              y = convolution(neuron(norm(convolution(h)))) + h
              where the shape changes, the shortcut is a 1x1 convolution of h
 
-The shortcut therefore always carries spikes, whereas He et al.'s identity shortcut carries x. All
+The shortcut therefore always reads spikes, whereas He et al.'s identity shortcut reads x. All
 pools are average pools. Norm, neuron, a global pool and the head follow the last block. The head
 "rate" ends in neurons (`RateHead`), the head "linear" is a linear classifier.
 

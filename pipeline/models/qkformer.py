@@ -15,7 +15,7 @@ then precedes each synapse but the first, also in the embeddings and before the 
 starts as the identity, as in MS-ResNet (except under "multiple_all", where its attention adds a).
 
 Neither kind of attention has a softmax. q, k and v are the spikes behind 1x1 synapses that read the
-stream. They are split into heads of d channels. The tokens are the N pixels.
+stream. These spikes are split into heads of d channels. The tokens are the N pixels.
 
     TokenQK         a[n] = L'(sum_d q[d, n]) k[ . , n],       y = S a
                     a mask over tokens: O(N C)
@@ -80,7 +80,7 @@ class QKFormer(nn.Module):
 
     Args:
         channels: D, the channels of the last stage; a multiple of 4 * `heads`.
-        depth: the total number of blocks. The first stages have 1 and 2 of them.
+        depth: the total number of blocks. The first stage has 1 of them, the second has 2.
         heads: heads of every attention.
         expansion: the factor by which the FFN widens the channels.
         drop_path: the share at the last block.
@@ -88,12 +88,13 @@ class QKFormer(nn.Module):
             student sees less detail than its teacher. Remaining rows and columns at the right and
             the bottom are ignored.
         projection_neuron: the neuron after S in the last stage. "over_samples" is as in the
-            published code, and published accuracies need it; an output then depends on its batch.
+            published code and necessary for published accuracies. An output then depends on its
+            batch.
         neuron: None: the published LIF (decay 0.5, scaled input, reset to zero), or under "sws" a
             LIF with reset by subtraction and without scaled input.
 
     Raises: ValueError for sizes below 1, channels that are not a multiple of 4 * `heads`, a depth
-    below 4, or choices that do not fit together; in `forward` for images smaller than one square.
+    below 4, or choices that do not fit together; in `forward` for a side below `shrink` pixels.
     """
 
     def __init__(
@@ -307,7 +308,7 @@ class OverSamples(LIF):
         u[t, b] = decay v[t, b-1] + x[t, b],   v[t, 0] = v[t-1, B],   v[0, B] = 0
 
     The output for a sample depends on the samples before it, and therefore on the order and size of
-    the batch, on micro-batches and on workers. For a batch of one sample it equals the LIF.
+    the batch, on micro-batches and on workers. For one sample the neuron equals a LIF.
     """
 
     @classmethod

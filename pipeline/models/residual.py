@@ -14,8 +14,9 @@ put a shortcut around each synapse with its neuron and norm, because two binary 
 shortcuts lose too much information. "multiple_all" is "multiple" with shortcuts around the
 projections of an attention as well (`models/qkformer.py`). If only the number of channels changes,
 by a whole factor, such a shortcut repeats the channels, or averages groups of r channels. For any
-other change of shape it is a 1x1 synapse with its norm, after an average pool if the stride is
-above 1. A mean of spikes is a fraction, so later synapses of "sew_multiple" read fractions.
+other change of shape the shortcut is a 1x1 synapse with its norm, and under "sew_multiple" with a
+neuron. If the stride is above 1, an average pool before the synapse replaces the stride. A mean of
+spikes is a fraction, so later synapses of "sew_multiple" read fractions.
 
 `norm="sws"` is the normaliser-free form of the real-valued streams, with standardised weights
 instead of batch norm:
@@ -23,8 +24,8 @@ instead of batch norm:
     y = x + ALPHA skip_gain branch(gain L(x / beta))
     with gain L( . ) before every further synapse of the branch
 
-beta is the expected standard deviation of the stream, gain restores the variance that a spike
-removes, and skip_gain starts at 0. A synapse in the shortcut reads gain L(x / beta). No batch
+beta is the expected standard deviation of the stream. gain restores the variance that a spike
+removes. skip_gain starts at 0. A synapse in the shortcut reads gain L(x / beta). No batch
 statistics are used, so such a network can run one time step at a time.
 
 Source: He et al. 2016 (arXiv 1512.03385), Fang et al. 2021 (SEW, arXiv 2102.04159), Hu et al. 2021
@@ -158,7 +159,7 @@ class BlockFactory:
         return neuron
 
     def branch_neuron(self, *, threshold: float | None = None) -> nn.Module:
-        """A neuron between two synapses of a branch; under "sws" its output has unit variance."""
+        """A neuron between two synapses of a branch; under "sws" `gain` scales its output."""
         neuron = self.neuron(threshold=threshold)
         return Rescaled(neuron, gain=self.gain) if self.is_sws else neuron
 
@@ -258,7 +259,7 @@ class BlockFactory:
     ) -> tuple[nn.Module | None, bool]:
         """The shortcut (None: the identity), and whether it has a synapse.
 
-        It updates the expected variance of the stream.
+        The call also updates the expected variance of the stream.
         """
         if stride == 1 and in_channels == out_channels:
             self._add_branch_variance()

@@ -1,5 +1,6 @@
-"""Transforms of a network, used in recipes as `model=spec(binarized, network=spec(convnet, ...),
-...)`.
+"""Transforms of a network.
+
+They are parts of a recipe, for example `model=spec(late, network=spec(convnet), time_steps=4)`.
 
     binarized       1-bit weights in a part of the network
     multi_head      one classifier per task
@@ -34,11 +35,11 @@ def binarized(network: nn.Module, *, part: str, weights: Binarization = "scaled"
     The real weights of the part become its latent weights.
 
     A module belongs to a part by its attribute `part`, such as `part = "ffn"`. A part consists of
-    all synapses inside its modules. Every network has the part "all_but_ends". It excludes the
-    first registered synapse, and the last one or all synapses of the `classifier`, as binary
-    networks do since Rastegari et al. 2016 (XNOR-Net, arXiv 1603.05279). It also excludes synapses
-    in a `shortcut`: no connection bypasses a shortcut, so its weights have been real since Liu et
-    al. 2018 (Bi-Real, arXiv 1808.00278).
+    all synapses inside its modules. Every network has the part "all_but_ends". This part excludes
+    the first registered synapse and all synapses of the `classifier` (without a `classifier`, the
+    last synapse), as in Rastegari et al. 2016 (XNOR-Net, arXiv 1603.05279). It also excludes
+    synapses in a `shortcut`. No connection bypasses a shortcut, so its weights stay real, as in Liu
+    et al. 2018 (Bi-Real, arXiv 1808.00278).
 
     Raises: ValueError for a part that the network does not have or that has no weights, and for a
     layer whose weights cannot be 1-bit.
@@ -138,7 +139,7 @@ def select_head(network: nn.Module, head: int) -> None:
 class LateReadout(nn.Module):
     """Scales the logits of the last n of T steps, and sets all earlier logits to 0.
 
-        y[t] = T / n x[t]  in the last n of T steps, 0 before;   n = share T, rounded, at least 1
+        y[t] = (T / n) x[t]  in the last n of T steps, 0 before;   n = share T, rounded, at least 1
 
     It is for recordings whose class becomes visible late. The prediction is the mean of y over T,
     which is the mean of x over the last n steps. Earlier steps have no gradient, and their
@@ -188,9 +189,9 @@ def with_readouts(
     a convolution it averages the image over `cells` x `cells` regions. Behind a fully connected
     layer `cells` has no effect. `cells` is one number, or one per neuron.
 
-    Raises: ValueError for a network without LIF neurons, a neuron without a synapse before it, a
-    number of `cells` below 1, another number of them than neurons, or classes that differ from the
-    network's.
+    Raises: ValueError for a network without LIF neurons, a neuron without a synapse before it,
+    `cells` below 1 behind a convolution, a list `cells` that does not have one number per neuron,
+    or classes that differ from the network's.
     """
     modules = list(network.named_modules())
     neurons = sum(isinstance(module, LIF) for _, module in modules)
@@ -233,9 +234,9 @@ def with_readouts(
 def synchronized(network: nn.Module) -> nn.Module:
     """`network` whose batch norms use the samples of all workers.
 
-    It sets `between="world"` (`spiking/norm.py`), for micro-batches that are too small for their
-    own statistics. Each norm costs one collective in the forward and one in the backward for every
-    time step, or under `over="time"` for every call.
+    The function sets `between="world"` (`spiking/norm.py`), for micro-batches that are too small
+    for their own statistics. Each norm costs one collective in the forward and one in the backward
+    for every time step, or under `over="time"` for every call.
 
     Raises: ValueError for a network without batch norm.
     """

@@ -108,8 +108,8 @@ class VGG(nn.Module):
         feedback: "last" is VGG-F, which runs the time steps of each input one after another.
 
     Raises: ValueError for an empty stage, sizes below 1, an even kernel or a stride below 1 in
-    `stem`, an unknown feedback, or a feedback with a stride in `stem`; in `forward` for an image
-    too small for the pools.
+    `stem`, an unknown feedback, or a feedback with a stem stride above 1; in `forward` for an
+    image too small for the pools.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ def vgg_sws_f(
     stages: Sequence[Sequence[int]] = ((64, 128), (256, 256), (512, 512), (512, 512)),
     neuron: nn.Module = LIF(),
 ) -> VGG:
-    """VGG-F, VGG-sWS with feedback: 9,523,338 parameters at 10 classes and 3 channels."""
+    """VGG-F: VGG-sWS with feedback, 9,523,338 parameters at 10 classes and 3 channels."""
     return VGG(
         stages=stages, classes=classes, in_channels=in_channels, feedback="last", neuron=neuron
     )

@@ -215,7 +215,7 @@ def imported(
         for part in parts[cut:]:
             require(hasattr(target, part), not_found)
             target = getattr(target, part)
-        # `pipeline.models.teachers.cache.os.system` begins with a trusted name. The module that
+        # `pipeline.data.datasets.beton.Path.unlink` begins with a trusted name. The module that
         # defines the object must be trusted, too.
         defined_name = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', '')}"
         require(callable(target) and is_trusted(defined_name, trusted), not_trusted)
@@ -252,7 +252,7 @@ def is_trusted(name: str, trusted: Collection[str]) -> bool:
 def differing(name: str, a: Any, b: Any) -> Iterator[tuple[str, Any, Any]]:
     """The leaves in which two JSON values differ: name, value in a, value in b.
 
-    The names have the form of keys of `--set`.
+    Names are keys of `--set`, or `KEY[INDEX]` for an item of a list.
     """
     if isinstance(a, dict) and isinstance(b, dict):
         kind = _kind(a)

@@ -3,8 +3,9 @@
     phases=(Phase(name="task-0", data=spec(Permuted, task=0)),
             Phase(name="task-1", data=spec(Permuted, task=1)))
 
-A run without phases is one stretch. Steps (global batches) and epochs are counted over the whole
-run, so the step alone determines phase, epoch and sample. A resume needs nothing else.
+A `Stretch` has the steps of one phase, or of a whole run without phases. Steps (global batches) and
+epochs are counted over the whole run. So the step alone determines phase, epoch and sample, also
+after a resume.
 """
 
 import inspect

@@ -15,8 +15,7 @@ ADDRESS = "ADDRESS"
 
 
 def command(verb: str, folder: Path, *, address: str | None = None) -> str:
-    """`spiketrain VERB NAME` for the folder of a run or suite, with the options
-    that it needs.
+    """`spiketrain VERB NAME` for the folder of a run or suite, with all necessary options.
 
     The `--trust` words are only printed, never applied automatically. A folder may come from
     somebody else, so the user decides which packages to trust.
@@ -40,7 +39,7 @@ def command(verb: str, folder: Path, *, address: str | None = None) -> str:
 
 
 def how_to_resume(folder: Path) -> str:
-    """`spiketrain resume NAME`, with `--address ADDRESS` if it was launched on a Ray cluster."""
+    """`spiketrain resume NAME`, with `--address ADDRESS` if the launch was on a Ray cluster."""
     return command("resume", folder, address=ADDRESS if _was_on_a_cluster(folder) else None)
 
 

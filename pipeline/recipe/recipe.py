@@ -58,8 +58,8 @@ __all__ = [
     "write_json",
 ]
 
-# Names that recipe.json may import, see `is_trusted`. Their modules read and write no file when a
-# part is built. Teachers read weights and store predictions, so each teacher is listed.
+# Names that recipe.json may import, see `is_trusted`. Building a part reads and writes no file.
+# Teachers are the exception: they read weights, so each teacher is listed by its own name.
 TRUSTED = (
     "pipeline.data.datasets",
     "pipeline.data.mixing",
@@ -165,8 +165,8 @@ class Evaluation(_Fields):
     """When a run is evaluated, and on how many samples.
 
     Fields:
-        every: epochs between evaluations; the last epoch is always evaluated. 0: no other epoch, so
-            that the test set is read once
+        every: epochs between evaluations. The last epoch (of each phase) is always evaluated. 0: no
+            other epoch, so that the test set is read once
         samples: evaluate on this many samples, for smoke runs; None: on all
         fidelity_every: epochs between comparisons of the rule's gradient with BPTT's on the first
             batch. One more comparison takes place at the start. 0: none
@@ -255,8 +255,8 @@ class Recipe(_Fields):
         precision: of matrix products and convolutions, see pipeline/core/torch_settings.py; tf32
             needs an NVIDIA card
         clip_norm: largest gradient norm of a global batch; 0: no clipping
-        ema_decay: decay of a running average of the weights, such as 0.9999. The averaged
-            weights are evaluated and published. 0: no average
+        ema_decay: decay of a running average of the weights, such as 0.9999. Evaluations and
+            `model.safetensors` use the average. 0: no average
         zero: DeepSpeed's ZeRO stage
         init: a run's folder or a weights file (.safetensors, .pt) to start from, or "@NAME" in a
             suite. The study key covers its content, not its path. None: from scratch
@@ -380,7 +380,7 @@ class Recipe(_Fields):
             require(
                 key.split(".")[0] != "phases",
                 f"recipe: phases must be changed in the recipe file; got {key}: change data, epochs"
-                " or stop_after, which apply to all phases",
+                " or stop_after, which apply to every phase without its own",
             )
             require(
                 not isinstance(value, float) or math.isfinite(value),
@@ -433,7 +433,7 @@ class Recipe(_Fields):
     def tiny(self, *, data: Spec | None = None) -> "Recipe":
         """The same recipe shrunk to seconds on a CPU.
 
-        It takes 4 steps of 8 samples at T <= 2, evaluates on 64 and has at most 2 phases.
+        It takes 4 steps of 8 samples at T <= 2, evaluates on 64 samples and has at most 2 phases.
         """
         phases = tuple(replace(phase, epochs=None) for phase in self.phases[:2])
         steps = min(self.time_steps, 2)
@@ -495,10 +495,10 @@ class Recipe(_Fields):
         """A hash of everything that all runs of a study share, as 16 hex digits.
 
         Runs with the same key differ only in tuned fields and in fields without `Role.STUDY`, such
-        as the rule and the seed. They may be compared.
+        as the rule and the seed. Such runs may be compared.
 
         Args:
-            inputs: content hashes of the files of the recipe: `data` (and `init`, if there is one).
+            inputs: content hashes of the data, and of the files of `init` and of the teacher.
         """
         value = select(_fields_to_json(self, paths=False), lambda role: Role.STUDY in role)
         for key in self.tuned:

@@ -14,7 +14,7 @@ from pipeline.models.teachers.probe import Probe
 
 
 class Teacher(nn.Module):
-    """Maps images `[B,C,H,W]`, normalised for the student, to logits `[B,K]`.
+    """Maps the student's input, such as normalised images `[B,C,H,W]`, to logits `[B,K]`.
 
     The logits are fp32 and have no graph. A teacher is created with its weights, and stays frozen
     and in evaluation mode. A subclass implements `forward` and `identity`. A `probe` fits `head` to

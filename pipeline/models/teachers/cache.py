@@ -38,8 +38,8 @@ class Cache:
 
     Args:
         folder: a folder that every worker sees; several runs may share it.
-        limit_gb: the size of the folder, in 10^9 bytes, above which a run is refused before it
-            starts. Runs that start together may exceed it.
+        limit_gb: largest size of the folder in 10^9 bytes. A run that would exceed this size is
+            refused before it starts. Runs that start together may exceed it.
         storage: "fp32" is exact. "fp16" and "bf16" halve the bytes and round the predictions. A
             prediction is rounded at its first use too, so all runs learn from the same numbers.
 
@@ -116,7 +116,7 @@ class CachedPredictions:
         return torch.from_numpy(np.stack(predictions)).view(_TYPES[self.storage]).float()
 
     def add(self, epoch: int, index_B: Tensor, logits_BK: Tensor) -> Tensor:
-        """Store predictions. Returns them with the rounding of `find`, on their own device."""
+        """Store predictions. Returns them with the rounding of `find`, on the same device."""
         stored_BK = logits_BK.detach().cpu().to(_TYPES[self.storage]).contiguous()
         records = np.zeros(len(index_B), self._format)
         records["sample"] = index_B.numpy()

@@ -48,7 +48,7 @@ class NetworkTeacher(Teacher):
     @torch.no_grad()
     def forward(self, x_B: Tensor) -> Tensor:
         states = states_of(self.body)
-        # An evaluation has opened the states. If they are empty, they count as fresh.
+        # In an evaluation the states are open already. They are fresh if they are empty.
         is_fresh = bool(states) and all(state.is_open and not state.values for state in states)
         with (
             computing(x_B.device, self.precision),
@@ -68,7 +68,7 @@ def network_teacher(
 ) -> NetworkTeacher:
     """`model` with weights from a file, frozen.
 
-    It sees the student's input. Its prediction is the mean of its logits over time.
+    The teacher sees the student's input. Its prediction is the mean of its logits over time.
 
     Args:
         data: the data set, for its shape and classes.

@@ -28,7 +28,7 @@ class Probe:
     is folded into W and b.
 
     Args:
-        l2: above 0, so that W has one minimum even for separable classes.
+        l2: above 0, so that the best W is unique, even for separable classes.
         views: number of augmented views of the training part for the fit; None: one per sample.
         seed: determines the order and augmentation of the views. It is not the run's seed, so every
             run of a study has the same teacher.

@@ -197,8 +197,8 @@ class TeacherView(nn.Module):
         """RGB in 0..1, exactly k/255 for an 8-bit level k. Grey becomes three equal channels.
 
         Rounding to `LEVELS` removes the error of a float32 normalisation. Pixels between two
-        levels, from mixed images, move by at most half a step. Values outside 0..1 are clipped:
-        a few percent of the noise of random erasing. The student sees these values unclipped.
+        levels, from mixed images, move by at most half a step. Values outside 0..1 are clipped.
+        They occur in the noise of random erasing. The student sees these values unclipped.
         """
         pixels_BCHW = torch.round((x_BCHW.float() * self.std + self.mean) * LEVELS) / LEVELS
         return pixels_BCHW.clamp(0, 1).expand(-1, 3, -1, -1)
