@@ -1,13 +1,13 @@
 """Fair comparisons: several seeds, and a search for each rule's best value of a field.
 
     over_seeds(suite, 3)
-        every recipe with seeds 0, 1, 2 (or from its own seed on)
+        every recipe with three seeds: its own, which is 0 by default, and the next two
     with_tuning(suite, "optimizer.lr", (.03, .1, .3, 1., 3.))
         the same recipes, and every rule with its own best of the five values
 
 Under the protocol `shared` only the rule differs. Under `tuned` every rule, the baseline included,
 gets the same values and the same number of trials. Trials never see the evaluation set: they train
-on nine tenths of the training set and are judged by the last tenth. The values are part of the
+on nine tenths of the training set and are judged on the rest. The values are part of the
 study (`Recipe.searched`), so runs whose searches tried different values are not compared.
 """
 
@@ -69,10 +69,11 @@ def parse_search(text: str) -> tuple[str, list[Any]]:
 def over_seeds(suite: Suite, count: int) -> Suite:
     """The suite with `count` copies of each recipe, with consecutive seeds.
 
-    References stay within a seed.
+    The n-th copy of a recipe refers to the n-th copies of other recipes.
 
     Raises:
-        ValueError: `count` is below 1, or the suite has a report or choices, which name recipes.
+        ValueError: `count` is below 1, or is above 1 for a suite with a report or choices, which
+            name recipes.
     """
     require(count >= 1, f"launch: --seeds must be at least 1; got {count}")
     if count == 1:
@@ -90,8 +91,8 @@ def with_tuning(
 ) -> Suite:
     """Add trials to a suite, and a copy of each recipe with the best value of its trials.
 
-    Recipes that differ only in name and seed share their trials, one per value, with the seed of
-    the first recipe. All recipes are evaluated after their last epoch only.
+    Recipes that differ only in name and seed share their trials. Each value has one trial, with the
+    seed of the first recipe. All recipes are evaluated after their last epoch only.
 
     Args:
         report: prints the results, such as `pipeline.report.suite.print_protocols`; see `Suite`.

@@ -1,4 +1,4 @@
-"""A buildable part of a recipe: a callable with keywords. The signature is checked at once."""
+"""A buildable part of a recipe: a callable with keywords that its signature accepts."""
 
 import dataclasses
 import inspect
@@ -91,7 +91,8 @@ def spec(target: Callable[..., Any], /, **kwargs: Any) -> Spec:
     """Write a buildable part of a recipe: `rule=spec(SLTT, k=1)`.
 
     Raises:
-        ValueError: an unknown keyword, or a value that its annotation does not admit.
+        ValueError: the target is not callable, a keyword is unknown, or a value does not fit the
+            keyword's annotation.
     """
     return Spec(target, kwargs)
 

@@ -37,20 +37,20 @@ from pipeline.recipe.spec import arguments_of, reference_to, referred
 # A function that prints a suite's results. Its first argument has the folder of each recipe's run
 # and the file of each measurement, by name and in order. All runs have finished or diverged
 # (pipeline/track/run_state.py). The second argument is rich's Console. The function may return a
-# JSON value, which `compare --format json` prints. From an object, `report` shows the "claims", as
-# in report/claims.py, and the "sweeps", as `sweep --format json` prints them.
+# JSON value, which `compare --format json` prints. If the value is an object, `report` shows its
+# "claims" (report/claims.py) and its "sweeps" (outputs of `sweep --format json`).
 Report = Callable[[Mapping[str, Path], Any], object]
 
 _Kind = Literal["sweep", "interleaved", "plan"]
 FILE = "suite.json"
 FORMAT = 1
-# Packages that may define a report. They are fewer than the packages of parts: a part is no report.
+# Packages that may define a report. A package of parts is not among them: a part is no report.
 TRUSTED = ("recipes", "pipeline.report")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A field whose value comes from the best of several trials, judged on their held-out part.
+    """A field whose value comes from the trial with the best top-1.
 
     Fields:
         field: its dotted key, such as optimizer.lr
@@ -66,7 +66,7 @@ class Choice:
 class Measurement:
     """Costs that a suite's report needs besides the runs. They are measured after all runs.
 
-    The result is a JSON file in the suite's folder. A resume does not measure again.
+    The result is a JSON file in the suite's folder. A resume measures only if the file is missing.
 
     Fields:
         kind: the function of pipeline.forecast that measures: see pipeline/launch/suite.py
@@ -106,7 +106,7 @@ class Suite:
     """Recipes in training order, with a report of their results.
 
     Fields:
-        report: prints the results; None: a table for each study is printed
+        report: prints the results; None: a comparison per study and conditions is printed
         choices: by the name of the recipe that takes the chosen value
         measurements: costs that the report needs
     """
@@ -156,7 +156,7 @@ class Suite:
             unknown = {each for each in measurement.of if isinstance(each, str)} - set(names)
             require(
                 measurement.name not in names and not unknown,
-                "suite: a measurement must have a unique name and measure recipes of the suite; got"
+                "suite: a measurement must have a unique name and recipes of the suite; got"
                 f" {measurement.name} with unknown recipes: {', '.join(sorted(unknown)) or 'none'}",
             )
             names.append(measurement.name)
@@ -270,7 +270,7 @@ def prerequisites(suite: Suite, recipe: Recipe) -> tuple[str, ...]:
 
 
 def refuse_references(recipe: Recipe) -> None:
-    """Refuse a recipe with references outside of a suite.
+    """Refuse the references of a recipe that is not in a suite.
 
     Raises:
         ValueError: the recipe has a reference.
@@ -308,7 +308,7 @@ def refuse_untrusted(suite: Suite, trust: Collection[str]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteFile:
-    """The content of suite.json: everything that a resume needs."""
+    """The content of suite.json, from which a resume continues the suite."""
 
     suite: Suite  # paths absolute, references as they were written
     runs: tuple[str, ...]  # the name of each recipe's run folder, beside the suite's folder
@@ -415,7 +415,7 @@ def runs_of(folder: Path) -> dict[str, Path]:
 
 
 def measured_in(folder: Path) -> dict[str, Path]:
-    """The file of each measurement of a suite, by the measurement's name. It may not exist yet.
+    """The file of each measurement of a suite, by the measurement's name. Some may not exist yet.
 
     Raises:
         ValueError: suite.json is damaged.

@@ -2,7 +2,8 @@
 
 A verdict judges the mean over the seeds that a rule and its baseline both ran (`Group.ratios`,
 `Group.differences`). If the 95 % interval contains the bound, the verdict says so. Accuracy and
-time of a single seed have no interval and get no verdict.
+time of a single seed have no interval and get no verdict. A claim about accuracy fails if the rule
+diverged in a seed in which the baseline finished.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +33,7 @@ class Claim:
     published: str
     bound: str  # the bound that our value must meet; empty without one
     ours: str
-    holds: bool | None  # None: not run here, undecided, a single seed, or no bound
+    holds: bool | None  # None: not measured, undecided, no bound, or no interval (accuracy, time)
     within_noise: bool = False  # the 95 % interval of our value contains the bound
 
     @property
@@ -73,9 +74,9 @@ def parse_result(value: Any, where: str) -> SuiteResult:
     )
 
 
-# The largest share that meets the claim, or a function that returns a share from r. Our value may
-# exceed the returned share by a tenth. r is the baseline's ratio of backward to forward time. None:
-# the claim has no bound.
+# The largest share that meets the claim, or a function of r that returns a share. r is the
+# baseline's ratio of backward to forward time. Our value may exceed the returned share by a tenth.
+# None: the claim has no bound.
 Bound = float | Callable[[float], float] | None
 
 
@@ -139,8 +140,9 @@ def share_of_two_forwards(r: float) -> float:
 def accuracy(about: str, group: Group, rule: str, *, within: float | None, published: str) -> Claim:
     """The claim that a rule is at most `within` points below the baseline over paired seeds.
 
-    The claim is undecided if the interval contains the bound, and not judged if `within` is None.
-    With fewer than two common seeds, the claim fails if the rule diverged, else it is not judged.
+    The claim is not judged if `within` is None. It fails if the rule diverged in a seed in which
+    the baseline finished. Otherwise, it is undecided if the interval contains the bound, and
+    not judged if there are fewer than two common seeds.
     """
     claim = f"top-1 below {group.against}'s, points"
     bound = "" if within is None else f"<= {within:g}"

@@ -1,8 +1,8 @@
 """`spiketrain compare`: the rules of one study side by side, with ratios to the baseline, BPTT.
 
-Runs that differ in more than the rule and the seed are refused. Values of different studies or
-machines are never divided. A study has one comparison per set of training conditions, such as
-machine and workers.
+Runs that differ in more than the rule and the seed are refused. No value is divided by that of
+another study or machine. A study has one comparison per set of training conditions, such as machine
+and workers.
 """
 
 import json
@@ -51,7 +51,7 @@ class Comparison:
     """Runs of a study that may be compared, with notes for the reader."""
 
     group: Group
-    elsewhere: tuple[Run, ...] = ()  # unfinished runs of the study under other conditions
+    elsewhere: tuple[Run, ...] = ()  # unfinished runs of another study or under other conditions
     notes: tuple[str, ...] = ()
     where: str = ""  # the conditions, for a study with several comparisons
 
@@ -177,7 +177,8 @@ def print_comparison(
 ) -> None:
     """Print the comparison of the named runs.
 
-    Without names, for `folders`, or for one study key, print one per study and conditions.
+    Without names, with `folders`, or with one study key as the only name, print one comparison per
+    study and conditions.
 
     An error about some of the runs is raised after the other comparisons are printed.
 
@@ -225,8 +226,8 @@ def _print_tables(comparisons: Sequence[Comparison], console: Console) -> None:
         if count > 1:
             say(
                 console,
-                f"study {study[:8]} has {count} tables for different machines, workers or"
-                " micro-batches: no table has ratios to another table",
+                f"study {study[:8]} has {count} tables for different training conditions: no table"
+                " has ratios to another table",
             )
 
 

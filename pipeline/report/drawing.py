@@ -78,7 +78,7 @@ _FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-ser
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table with unrounded numbers. No cell has a line break."""
+    """A table of texts and unrounded numbers. No cell has a line break."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
@@ -170,7 +170,7 @@ def pattern(index: int) -> str:
 
 
 def _shifted(shapes: Sequence[str], index: int) -> str:
-    """Choose from as many shapes as colours, shifted by one each time the colours repeat."""
+    """Choose a shape by index. When the colours repeat, the shapes are shifted by one."""
     return shapes[(index + index // len(shapes)) % len(shapes)]
 
 

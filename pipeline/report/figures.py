@@ -63,7 +63,7 @@ def ratios(group: Group) -> Figure | Missing:
     max_x = max(1.0, *(ratio.mean + (ratio.deviation or 0) for ratio in ratio_of.values()))
     titles = [costs[name] for name in names]
     caption = (
-        "Markers left of the dotted line cost less than the baseline. They show the mean and"
+        "Left of the dotted line, a rule costs less than the baseline. Markers show the mean and"
         " standard deviation over the seeds that the rule and the baseline share."
     )
     if (faster := group.fastest_baseline) != group.against:
@@ -263,8 +263,8 @@ def _describe_energy(group: Group) -> str:
         f"Prices of an operation: {prices(group.finished)}. Counted on"
         f" {' and '.join(map(str, sizes))} samples, {' and '.join(dict.fromkeys(sources))}. For a"
         " still image, the layers before the first neuron are computed and counted once, but"
-        " published counts include them at each time step. A pooling layer outputs means of"
-        " spikes, which are multiplied; counts of synaptic operations exclude these"
+        " published counts include them at each time step. The layer after a pooling layer"
+        " multiplies means of spikes; counts of synaptic operations exclude these"
         f" multiplications. {measured}"
     )
 
@@ -330,10 +330,11 @@ def time_parts(group: Group) -> Figure | Missing:
     largest: Any = seconds[slowest].idxmax()
     caption = (
         "Time per batch, as the mean over finished runs. It includes evaluations and checkpoints,"
-        " but not start-up and comparisons of gradients. Rest is the time outside the named parts."
+        " but neither start-up nor comparisons of gradients. Rest is the time outside the named"
+        " parts."
     )
     if set(seconds) - set(group.rules):
-        caption += " For a rule without a finished run, it is the time of its batches alone."
+        caption += " A rule without a finished run has the time of its batches alone."
     return Figure(
         name="time-parts",
         title=title,

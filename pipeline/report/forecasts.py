@@ -153,7 +153,7 @@ def _print_recipe(
 def print_probe(probe: Probe, *, console: Console | None = None) -> None:
     """Print each rule's costs, its cosine with BPTT's gradient by layer, and the advice.
 
-    Rules that cannot train the network or whose gradient has no cosine follow with the reason.
+    Notes name each rule that cannot train the network or has no cosine, with the reason.
     """
     console, fidelity = console or new_console(), probe.fidelity
     base, fastest = probe.cost(BASELINE), probe.time_baseline
@@ -295,8 +295,8 @@ def _sweep_notes(sweep: Sweep) -> Iterator[str]:
         first, *others = (point.time_steps for point in sweep.of(rule))
         if others:
             yield (
-                f"{rule}: {sweep.growth(rule):.2f} times the bytes at T = {others[-1]} as at T ="
-                f" {first}"
+                f"{rule}: {sweep.growth(rule):.2f} times as many saved bytes at T = {others[-1]}"
+                f" as at T = {first}"
             )
     fastest: dict[str, list[str]] = {}
     for T, cost in sweep.time_baselines.items():
@@ -323,8 +323,8 @@ def _sweep_notes(sweep: Sweep) -> Iterator[str]:
     )
     if sweep.memory_bytes is not None:
         yield (
-            f"largest batch: the largest that {sweep.memory_bytes / 1e9:.3g} GB of memory can"
-            " train; evaluation, which holds a batch at every time step, is not included"
+            f"largest batch: the largest that training fits into {sweep.memory_bytes / 1e9:.3g} GB"
+            " of memory; evaluation, which holds a batch at every time step, is not included"
         )
         yield (
             '"about": estimated from the memory of two batches, with'
@@ -507,9 +507,9 @@ def plan_errors(plan: Plan, run: Run) -> dict[str, Any]:
     """The errors of a plan for the rule that trained a finished run, as JSON values.
 
     Saved bytes and the seconds of a step are given as planned, as measured, and as relative error,
-    which is positive if the plan was too high. A step is the mean over steady batches, which
-    exclude the first batch and each batch with counted bytes or operations. `own_cores` is whether
-    the run had its own cores.
+    which is positive if the plan was too high. A step is the mean over steady batches. The first
+    batch of each start and batches with counted bytes or operations are not steady. `own_cores`
+    is whether the run had its own cores.
 
     Raises:
         ReportError: the plan lacks the rule, has another rule of the same label, or has another

@@ -141,7 +141,7 @@ def temporal_share(group: Group) -> Figure | Missing:
 def _by_layer(
     columns: Sequence[tuple[str, Mapping[str, float | None]]],
 ) -> tuple[tuple[tuple[str, str, float | None], ...], dict[str, Any]]:
-    """The table rows (layer, column, value) and the heat map of columns with values by layer."""
+    """The rows (layer, column, value) of a table, and the heat map of layer x column."""
     layers = list(dict.fromkeys(layer for _, values in columns for layer in values))
     rows = tuple((layer, name, values.get(layer)) for layer in layers for name, values in columns)
     known = [value for _, _, value in rows if value is not None]

@@ -33,7 +33,7 @@ class Point(NamedTuple):
     seconds: float  # since the first attempt began, without the time between attempts
     top1: float | None = None
     loss: float | None = None
-    epoch: int | None = None  # the epoch that has ended, counted from 0
+    epoch: int | None = None  # of the last batch, counted from 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class History:
     starts: tuple[Point, ...]
     fidelity: tuple[Fidelity, ...]  # with None in place of values that are not finite
     step: int  # batches done
-    again_from: int | None  # the step of a restart that still repeats batches up to `step`
+    again_from: int | None  # the newest step of a restart that still repeats batches up to `step`
 
     @property
     def restarts(self) -> tuple[Point, ...]:

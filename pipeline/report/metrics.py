@@ -35,7 +35,7 @@ class Metric:
     description: str = ""
 
     def value(self, numbers: Mapping[str, float]) -> float | None:
-        """The value in a summary; None where it was not measured, or is not finite."""
+        """The value in a summary; None if it was not measured or is not finite."""
         if callable(self.source):
             return self.source(numbers)
         return numbers.get(self.source or self.name)
@@ -103,8 +103,8 @@ METRICS = [
         "J",
         "less",
         description=(
-            "an estimate for one sample from counted operations, of arithmetic alone; it is never"
-            " a measurement"
+            "an estimate for the arithmetic of one sample, from counted operations; it is never a"
+            " measurement"
         ),
     ),
     Metric(ENERGY_MEASURED, "joules of an inference, measured", "J", "less"),

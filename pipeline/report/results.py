@@ -3,7 +3,7 @@
     frame = pipeline.results("runs/")        # or sqlite:///runs/mlflow.db, or a server's address
     frame.groupby("rule")["top1"].mean()
 
-The columns are the quantities that `metrics.py` declares, after those that describe the run.
+The first columns describe the run. The others are the quantities that `metrics.py` declares.
 """
 
 import json
@@ -90,7 +90,7 @@ class Run:
     state: State
     rule: str = UNKNOWN_RULE  # its label in tables
     seed: int = 0
-    study: str = ""  # the study key: equal keys on equal machines are comparable
+    study: str = ""  # the study key: runs with equal keys and conditions are comparable
     recipe: Mapping[str, Any] = field(default_factory=dict)  # fields of recipe.json
     summary: Mapping[str, Any] | None = None  # None until the run has finished
     trained_on: tuple[Mapping[str, Any], ...] = ()  # `provenance.trained_on`, oldest first

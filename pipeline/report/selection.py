@@ -88,7 +88,8 @@ def refuse_unlike(runs: Sequence[Run]) -> None:
     """Refuse runs that differ in more than the rule and the seed.
 
     Raises:
-        ReportError: two runs differ so, or two runs of one rule differ in a tuned value.
+        ReportError: two runs differ in more, or two runs of one label differ in the rule's
+            keywords or in a tuned value.
     """
     first_of: dict[str, Run] = {}
     for run in runs[1:]:
@@ -250,7 +251,7 @@ def find_run(
 
 
 def locate(runs_dir: Path, names: Sequence[str]) -> tuple[Path, Path | None]:
-    """The folder of the runs that these names select, and the suite if the name is a suite's.
+    """The folder of the runs that these names select, and the named suite, if there is one.
 
     The folder is the parent of the named runs if all names are runs with one parent; otherwise
     `runs_dir`.
@@ -282,7 +283,7 @@ def locate(runs_dir: Path, names: Sequence[str]) -> tuple[Path, Path | None]:
 class SuiteRow(NamedTuple):
     name: str
     state: str  # for example "2 of 5 finished"
-    resume: str | None  # the command; None for a suite that is finished or running
+    resume: str | None  # the command; None for a finished, running or damaged suite
 
 
 def list_runs(runs_dir: str | os.PathLike[str]) -> list[Run]:

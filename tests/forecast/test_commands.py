@@ -82,7 +82,7 @@ def test_probe(file: str, done: Done) -> None:
 def test_sweep(file: str, done: Done, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     out = done("sweep", file, *["--steps", "2,4", "--batch", "auto", "--memory", "0.001"])
-    assert "largest batch" in out and "times the bytes at T = 4 as at T = 2" in out
+    assert "largest batch" in out and "times as many saved bytes at T = 4 as at T = 2" in out
     assert '"about": estimated' in out and "at largest" not in out
     assert 'without "about"' not in out
     out = done(

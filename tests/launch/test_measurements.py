@@ -160,7 +160,7 @@ def test_a_suite_file_has_its_measurements(made: Callable) -> None:
         ),
         (
             lambda: suite_of(replace(SWEEP, of=("no",))),
-            "measure recipes of the suite; got by-t with unknown recipes: no",
+            "unique name and recipes of the suite; got by-t with unknown recipes: no",
         ),
         (lambda: suite_of(replace(SWEEP, name="sltt")), "must have a unique name"),
         (lambda: Suite(RECIPES, measurements=(SWEEP,)), "measurements need a report"),

@@ -242,8 +242,8 @@ def test_runs_of_different_machines_are_shown_apart_and_never_divided_by_one_ano
         "study 01234567 on a cpu, 2 cores; 2 workers",
         "×0.75",
         "no baseline, no ratios: bptt-0 is not comparable: ",
-        "study 01234567 has 3 tables for different machines, workers or micro-batches: no table"
-        " has ratios to another table",
+        "study 01234567 has 3 tables for different training conditions: no table has ratios to"
+        " another table",
     ):
         assert said in shown
     for names in ([], [STUDY[:6]]):

@@ -134,7 +134,7 @@ def test_the_token_once_then_a_cookie(store: FakeStore):
 def test_names_of_loopback_alone_are_answered(asking: Asking, status: int, hosts: list[str]):
     answers = [asking.client.get("/", headers={"Host": host}) for host in hosts]
     assert {answer.status_code for answer in answers} == {status}
-    said = "without a --token, the host of the address must be localhost or 127.0.0.1; got"
+    said = "without a --token, the host of the address must be localhost or a loopback address; got"
     assert {said in answer.get_data(as_text=True) for answer in answers} == {status == 403}
 
 

@@ -239,9 +239,7 @@ def test_batches_alone_are_in_no_mean_with_whole_runs():
         "SLTT", "evaluation"
     ] == pytest.approx(0.02)
     assert found["OTTT, batches alone", "forward"] == pytest.approx(0.04)
-    assert (
-        "For a rule without a finished run, it is the time of its batches alone." in figure.caption
-    )
+    assert "A rule without a finished run has the time of its batches alone." in figure.caption
     assert "alone" not in made(time_parts(study().groups[0])).caption
 
 

@@ -201,7 +201,7 @@ def test_a_run_whose_journal_was_thinned_says_so(store: FakeStore):
     assert Live(store).study(store.members).notes == ()
     store.every = 12
     study = Live(store).study(store.members)
-    long = "has a long journal: its curve shows one of 12 points"
+    long = "has a long journal: its curve shows one of every 12 points"
     assert study.notes == (
         f"going {long}, and its parts of time are means over these points.",
         f"bptt {long}.",

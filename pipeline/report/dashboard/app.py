@@ -1,8 +1,8 @@
 """The server of `spiketrain dashboard`: a page, and the parts that `web/dashboard.js` requests.
 
 The URL is the only state: it determines the list and the figures (permalink.py). An open page
-requests the list periodically. The server reads journals only for the picked study. It listens on
-loopback unless a token protects it.
+requests the list and the study periodically. The server reads journals only for the picked study.
+Without a token, the server listens only on loopback.
 """
 
 import hashlib

@@ -32,7 +32,7 @@ def guard(server: Flask, *, host: str, token: str | None) -> None:
     """Make a server refuse unauthorised readers, and set headers that protect the page.
 
     Raises:
-        ValueError: the token is empty, or there is none and the server is open to other machines.
+        ValueError: the token is empty, or the server is open to other machines without a token.
     """
     if token is not None and not token.strip():
         raise ValueError(
@@ -58,8 +58,8 @@ def guard(server: Flask, *, host: str, token: str | None) -> None:
             return _refuse_unknown(token)
         if not is_loopback(_name_of(request.host)):
             return Response(
-                "dashboard: without a --token, the host of the address must be localhost or"
-                f" 127.0.0.1; got {request.host[:100]!r}\n",
+                "dashboard: without a --token, the host of the address must be localhost or a"
+                f" loopback address; got {request.host[:100]!r}\n",
                 status=403,
                 mimetype="text/plain",
             )

@@ -3,8 +3,8 @@
     live = Live(open_store(uri))
     live.study(live.members(key))
 
-A cache keeps the runs. A run is read again when MLflow has a newer artifact or metric of it. For a
-running run, only the points after its stored journal are requested.
+A cache keeps the runs. A run is read again when its status in MLflow changes, or when MLflow has a
+newer artifact or metric. For a running run, only the points after its stored journal are requested.
 """
 
 import hashlib
@@ -49,13 +49,13 @@ _METRICS = ("loss", "top1")  # under train/ and val/
 _PARTS = tuple(f"{name}_s" for name in (*PARTS, REST))
 _ARTIFACT_TAG = "spiketrain.artifact."  # prefix of the tags with the version of each artifact
 _CACHE_SIZE = 512  # entries
-_FRESH_S = 0.5  # a page requests the same runs twice
+_FRESH_S = 0.5  # the members of a study and the report of a suite are cached for this time
 T_ = TypeVar("T_")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuiteReport:
-    """A suite's report as `spiketrain report` stored it in MLflow."""
+    """A suite's report as stored in MLflow, at the end of a launch or by `spiketrain report`."""
 
     key: str = ""  # the beginning of the MLflow run id of the suite
     title: str = ""  # the suite, with the commits and machines of its shown runs
@@ -110,7 +110,7 @@ class Live:
             readable.append(run)
             if run.curve_every > 1:
                 note = (
-                    f"{run.name} has a long journal: its curve shows one of {run.curve_every}"
+                    f"{run.name} has a long journal: its curve shows one of every {run.curve_every}"
                     " points"
                 )
                 if run.summary is None and run.parts:
