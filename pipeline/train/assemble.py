@@ -107,7 +107,7 @@ class TrainContext(Process):
 
     @contextmanager
     def published(self) -> Iterator[None]:
-        """Inside the block, the network has the values for evaluations and checkpoints: its
+        """Inside the block, the network has the values that are evaluated and published: its
         weights (averaged over steps if the recipe sets `ema_decay`) and its running statistics
         averaged over ranks.
         """
@@ -247,7 +247,7 @@ def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
 
     Raises:
         UserError: there is no checkpoint, although the journal names one that is not in quarantine.
-            A disk may not be mounted, and a new start would lose the checkpoint.
+            Perhaps a disk is not mounted. A new start would lose the checkpoint.
         ValueError: recipe.json has another study than the checkpoint or, without a checkpoint, than
             the launch. `init` is compared with that of the launch only.
     """
