@@ -73,7 +73,7 @@ class Process:
     began: float  # unix seconds at the start of the attempt
 
     def retry_during_outage(self, act: Callable[[], T_]) -> T_:
-        """Rank 0's result of `act`, on every rank. Waits for unavailable storage. Collective."""
+        """Rank 0's result of `act`, on every rank. Waits during a storage outage. Collective."""
         return retry_during_outage(
             self.ranks,
             act,
@@ -97,7 +97,7 @@ class TrainContext(Process):
     stretches: tuple[Stretch, ...]  # the steps of each task
     mixing: Mixing | None
     teaching: Teaching | None
-    # compares gradients on one micro-batch, on rank 0, if the recipe asks for gradient fidelity
+    # compares gradients on one micro-batch; None without `fidelity_every`, or on a rank above 0
     compare_gradients: Callable[..., Fidelity] | None
     meters: Meters
     checkpoints: Checkpoints
