@@ -153,7 +153,7 @@ class SpikingMoments:
 
     The methods are those of `SecondMoments`. y is the result of `quantized_response`.
 
-    The neurons fire once per batch, with the H of the batch's start. All iterations use these
+    The neurons fire once per batch, with H as at the batch's start. All iterations use these
     spikes. The published neurons fire again in each iteration, which would require storing the
     whole global batch.
     """
