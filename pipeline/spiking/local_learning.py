@@ -2,13 +2,14 @@
 
 A rule sets a `LocalGradient` on each neuron. Then the neuron outputs its spikes, optionally with
 noise, without a graph. It also records the spikes with a graph, which reaches back only to the
-synapse before the neuron. `inject_gradients` returns a scalar with the value of the loss. Its
-gradient at the recorded spikes of each layer is the layer's signal g.
+synapse before the neuron. `inject_gradients` returns a scalar with the value of the loss. The
+scalar's gradient at the recorded spikes of each layer is the layer's signal g. The rule detaches
+the membrane between time steps. psi is the derivative of the surrogate (`neuron.py`).
 
     noise on spikes     s[t] = LIF(x[t]),   out[t] = s[t] + alpha z[t]
     noise on membrane   s[t] = 1 if u[t] + alpha z[t] >= threshold,   out[t] = s[t]
-    backward            dL/dx[t] = psi(u[t]) g[t]
-                        (with noise on the membrane: psi(u[t] + alpha z[t]) g[t])
+    backward            dL/du[t] = psi(u[t] - threshold) g[t]
+                        (with noise on the membrane: psi(u[t] + alpha z[t] - threshold) g[t])
 """
 
 # T time, B batch, N units of a layer, K outputs
@@ -99,7 +100,8 @@ class LocalGradient:
     def recorded(self, name: str) -> Tensor:
         """The recorded tensor `name` of the last call.
 
-        `spikes` and `logits` are `[T, B, ...]` with a graph. `z` is `[B, N]`, after the sign.
+        `spikes` and `logits` are `[T, B, ...]` with a graph. `z` is `[B, N]`, after the sign. All
+        steps of a call have the same z.
 
         Raises: ValueError if the neuron has not run.
         """
@@ -157,7 +159,7 @@ class LocalGradient:
 def run_readouts(model: nn.Module) -> AbstractContextManager[None]:
     """Make each `Readout` of `model` also compute its logits, at every forward inside the block.
 
-    So a recorder of its linear layer's inputs sees the same inputs as in local learning.
+    So a recorder of the inputs of `Readout.linear` gets the same inputs as in local learning.
     """
 
     def compute_logits(readout: Any, inputs: tuple[Tensor, ...], _: Tensor) -> None:

@@ -1,8 +1,7 @@
 """Leaky integrate-and-fire neurons: fixed decay (LIF), decay 1 (IF), learnt decay (PLIF).
 
 Spike and reset are one operation with its own backward, because a network runs them for each neuron
-at each time step. With a = u - threshold, and psi the derivative of the surrogate, which replaces
-ds/du:
+at each time step. Let a = u - threshold. The derivative psi of the surrogate replaces ds/du:
 
     dL/du = psi(a) G + r dL/dv,   r = 1 (reset "subtract")   or   1 - s (reset "zero")
 
@@ -148,8 +147,8 @@ class LIF(nn.Module):
     def charge(self, x_B: Tensor, v_B: Tensor) -> Tensor:
         """Compute u[t] from x[t] and v[t-1], elementwise.
 
-        `fire` may overwrite the result, so it must be a new tensor, not a view, and the backward
-        must not need its value.
+        `fire` may overwrite the result. So the result must be a new tensor and not a view, and the
+        backward of `charge` must not need its value.
         """
         current_B = (1 - self.decay) * x_B if self.scale_input else x_B
         return torch.add(current_B, v_B, alpha=self.decay)
@@ -166,8 +165,9 @@ class PLIF(LIF):
     """Parametric LIF: the neurons of a layer share one learnt decay, which starts at `decay`.
 
         decay = sigmoid(w)
-        dL/dw = decay (1 - decay) sum_t g[t] v[t-1],   g[t] = dL/du[t]
-                (scale_input: v[t-1] - x[t] in place of v[t-1])
+        dL/dw = decay (1 - decay) sum g[t] v[t-1],   g[t] = dL/du[t]
+                (sum over time steps, samples and neurons;
+                scale_input: v[t-1] - x[t] in place of v[t-1])
 
     Under BPTT g[t] is the full gradient. Under a rule that detaches the membrane between time steps
     (SLTT), g[t] is the gradient within step t. All else is as in LIF. Rules with traces or weighted
@@ -247,10 +247,7 @@ def IF(
 
 
 def named_neurons(model: nn.Module) -> list[tuple[str, LIF]]:
-    """Every LIF neuron of `model`, of subclasses too, with its module name.
-
-    They are in order of registration.
-    """
+    """The neurons of `model` (`LIF` and subclasses) by module name, in order of registration."""
     return [(name, module) for name, module in model.named_modules() if isinstance(module, LIF)]
 
 
@@ -264,9 +261,10 @@ def fire(
 ) -> tuple[Tensor, Tensor]:
     """Spike and reset: u -> (s, v).
 
-    It may overwrite `u_B`, so `u_B` must not be a view, and no other code may use it afterwards.
+    The function may overwrite `u_B`. So `u_B` must not be a view, and no other code may use `u_B`
+    afterwards.
 
-    The backward keeps only a = u - threshold, and also u if a reset to zero is differentiated.
+    The backward keeps a = u - threshold. If a reset to zero is differentiated, it also keeps u.
 
     Args:
         subtract: the amount that a spike subtracts from the membrane; None: a reset to zero.

@@ -139,7 +139,7 @@ class BatchNorm(nn.Module):
 
 
 def is_foreign_norm(module: nn.Module) -> bool:
-    """Whether `module` is a norm other than `BatchNorm` with statistics over all samples it gets.
+    """Whether `module` is a norm, other than `BatchNorm`, with statistics over all input samples.
 
     Examples are torch's BatchNorm, torch's InstanceNorm with running statistics, and timm's
     BatchNormAct2d and EvoNorm2dB0. Their input `[T B, C, ...]` has no time axis, so their
@@ -157,8 +157,8 @@ def is_foreign_norm(module: nn.Module) -> bool:
 def foreign_norms(model: nn.Module) -> dict[str, nn.Module]:
     """The norms of `model` that mix time steps in training (`is_foreign_norm`), by module name.
 
-    A norm that stays in evaluation mode after `model.train()` is omitted, because it uses its
-    running statistics.
+    A norm is omitted if it has running statistics and stays in evaluation mode after
+    `model.train()`, because its statistics are then constant.
     """
     modes = {module: module.training for module in model.modules()}
     try:

@@ -38,7 +38,7 @@ STEPS = 32
 
 
 class LimitedSynapse(nn.Module):
-    """A synapse that uses the limited weight `weight()`. The parameter is its unlimited weight V.
+    """A synapse that uses the limited weight `weight()`. Its parameter is the unlimited weight V.
 
     Raises: ValueError for a module whose forward has no argument `weight`, weights that are not
     plain, or a synapse with a bias.
@@ -163,8 +163,8 @@ def top_singular_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
 def _orthogonal(x: Tensor, basis: Tensor) -> Tensor:
     """The component of `x` orthogonal to the rows of `basis`, scaled to norm 1.
 
-    It is 0 if the component is only rounding error. This occurs for a matrix of low rank, whose
-    Krylov space is small. Zero rows do not change the projection.
+    The result is 0 if the component is only rounding error. This occurs for a matrix of low rank,
+    whose Krylov space is small. Zero rows of `basis` do not change the projection.
     """
     norm_before = x.norm()
     for _ in range(2):

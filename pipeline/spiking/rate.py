@@ -16,8 +16,8 @@ input. The weighted sum of these equations over t = 1..T gives
     LIF    b^(T-t) / sum   (1 - b) / dt   threshold / dt   max(alpha, 1 - alpha) height
                                                            (1 - b) / (1 - b^T)
 
-For IF, b = 1 and dt = 1. The error of IF falls with T. The error of LIF falls with dt, and with T
-only while T dt < tau. The bounds hold for a constant input only.
+For IF, b = 1 and dt = 1. The error of IF falls as T grows. The error of LIF falls with a smaller
+dt. It falls as T grows only while T dt < tau. The bounds hold for a constant input only.
 
 Source: Meng et al. 2022 (DSR, arXiv 2205.00459), sections 3 and 4. There the gain of LIF is 1 /
 tau, the limit of (1 - b) / dt for dt -> 0.
@@ -43,11 +43,11 @@ class RateNeuron(LIF):
     `threshold` is a parameter of shape (1,) in units of the membrane. The neuron fires at `alpha`
     times the threshold; an `alpha` below 1 reduces the bias of the rate. The forward uses
     max(threshold, bound). The parameter itself is never clamped, because ZeRO trains a copy of it.
-    The gradient ignores the bound, and sums over the batch, so it is the same for any number of
-    ranks. Under every rule it is multiplied by `threshold_gradient`.
+    The gradient of the parameter ignores the bound. It is a sum over the batch, so it is the same
+    for any number of ranks. Under every rule it is multiplied by `threshold_gradient`.
 
-    The seams are those of LIF. Without a rule, the surrogate's derivative is taken at u / threshold
-    - alpha, and the reset is detached.
+    The seams are those of LIF. Unless `custom_forward` is set, the surrogate's derivative is taken
+    at u / threshold - alpha, and the reset is detached.
 
     Raises: ValueError for arguments out of range.
     """
@@ -144,8 +144,8 @@ def RateLIF(
 
     `threshold_gradient=None` means dt^2, as in the published code, whose gradient has the factor dt
     instead of 1 / dt. The spikes have the height threshold / dt. With the exact gradient
-    (`threshold_gradient=1.0`), a step of SGD changes the height by 1 / dt^2 = 400 times more than
-    if the height were the parameter. The factor dt^2 cancels this.
+    (`threshold_gradient=1.0`), a step of SGD changes the height 1 / dt^2 times as much as if the
+    height were the parameter (400 times for dt = 0.05). The factor dt^2 cancels this.
 
     Raises: ValueError unless tau and dt are positive, and for other arguments out of range.
     """

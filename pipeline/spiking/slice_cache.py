@@ -6,12 +6,12 @@ rule sets `is_last` at the last differentiated slice, and passes the loss of eac
 `with_gradients`:
 
     first slice     y = compute(), with a graph if any slice is differentiated
-    slice t         uses y without its graph; its backward adds dL[t]/dy to the sum G
+    slice t         uses y without its graph; the backward adds dL[t]/dy to the sum G
     last slice      uses y with its graph; the backward of its loss gives y the gradient
                     dL[last]/dy + G
 
 So `compute` has one forward and one backward per batch, with no additional backward call. No
-gradient is lost if the last slice does not use y.
+gradient is lost, even if the last slice does not use y.
 
 The result is exact if the weights do not change within the batch, and if all slices of a
 micro-batch scale their loss by the same factor (the micro-batch's weight, a loss scale).
@@ -60,7 +60,7 @@ class SliceCache:
         """The value of the module with the state `state`, for the current slice.
 
         The first call runs `compute` and caches the result in `state`. Inside another `compute`,
-        the result is not cached, because it is a part of that value.
+        the result is not cached, because the result of the other `compute` contains it.
         """
         if self._is_computing:
             return compute()
@@ -140,7 +140,7 @@ class _AddGradients(torch.autograd.Function):
 def slice_cache(model: nn.Module, *, steps: int, backwards: Backwards) -> Iterator[SliceCache]:
     """Give one cache to all modules with an attribute `slice_cache`, inside the block.
 
-    The block must be inside `fresh_state`, and the weights must not change in it.
+    The block must be inside `fresh_state`. The weights must not change inside the block.
     """
     cache = SliceCache(steps=steps, backwards=backwards)
     modules = (module for module in model.modules() if hasattr(module, "slice_cache"))
@@ -196,7 +196,7 @@ def _is_slice_of_static_frame(x_TB: Tensor, cache: SliceCache) -> bool:
     if cache.frame_B is None:
         cache.frame_B = x_TB[0]
     frame_B, x_B = cache.frame_B, x_TB[0]
-    # It compares storage and offset, not the address, because a meta tensor has no address.
+    # Storage and offset are compared, not the address, because a meta tensor has no address.
     return (
         x_B.untyped_storage()._cdata == frame_B.untyped_storage()._cdata
         and x_B.storage_offset() == frame_B.storage_offset()

@@ -15,8 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from pipeline.core.checks import require
 
-# The seams: attributes of modules that a rule sets to change their forward or backward. The value
-# of a seam, such as a trace, can have a `State` as its attribute `state`.
+# A seam is an attribute of a module that a rule sets to change the module's forward or backward.
+# The value of each of these seams, such as a trace, can have a `State` as its attribute `state`.
 SEAMS = ("presynaptic", "backward_weight", "carry", "custom_forward", "adjoint")
 
 
@@ -54,9 +54,9 @@ class State:
 def fresh_state(model: nn.Module) -> Iterator[None]:
     """Give the model empty memory for one batch inside the block.
 
-    Calls inside one block continue each other: T calls on one step equal one call on T steps. On
-    exit, also by an exception, all memory is cleared. Otherwise a membrane would keep its graph
-    alive, and `deepcopy` of the model would fail.
+    Each call inside the block continues from the memory of the previous call: T calls on one step
+    equal one call on T steps. On exit, also by an exception, all memory is cleared. Otherwise a
+    membrane would keep its graph alive, and `deepcopy` of the model would fail.
 
     Raises: ValueError if the model is already inside a fresh_state.
     """
@@ -93,7 +93,7 @@ def set_temporarily(owners: Iterable[Any], name: str, value: object) -> Iterator
 
 @contextmanager
 def temporary_hooks(hooks: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove `hooks` at the end of the block. If it is a generator, it runs at the start."""
+    """Remove `hooks` at the end of the block. If `hooks` is a generator, it runs at the start."""
     handles = list(hooks)
     try:
         yield

@@ -45,10 +45,10 @@ class Subspace(nn.Module):
     `velocity` is m of the equations. `energy` is the share of E|x|^2 that the rows preserve, as of
     its last computation.
 
-    All rows are orthonormal, because the projection requires it. The Hebbian rule converges to
-    orthonormal rows only if the rows have inputs to learn from. So the learning rows are
-    orthonormalised after each batch, which preserves the span of all rows. The published rule does
-    not do this.
+    All rows are orthonormal, because the projection requires orthonormal rows. The Hebbian rule
+    converges to orthonormal rows only if the rows have inputs to learn from. So the learning rows
+    are orthonormalised after each batch, which preserves the span of all rows. The published rule
+    does not orthonormalise them.
     """
 
     old: Tensor
@@ -151,9 +151,9 @@ class SecondMoments:
 class SpikingMoments:
     """E[y^T x] and E[y^T y] for lateral neurons with spiking responses.
 
-    It has the methods of `SecondMoments`. y is `quantized_response`.
+    The methods are those of `SecondMoments`. y is the result of `quantized_response`.
 
-    The neurons fire once per batch, with H at the start of the batch. All iterations use these
+    The neurons fire once per batch, with H as at the batch's start. All iterations use these
     spikes. The published neurons fire again in each iteration, which would require storing the
     whole global batch.
     """
@@ -226,8 +226,8 @@ class InputRecorder:
     the recording off. `pending` has the moments of the current global batch, and `last` those of
     the previous batch.
 
-    With `presynaptic`, the trace of a synapse, the recorder takes its place as the synapse's
-    attribute `presynaptic`, and records the trace.
+    If `presynaptic` (the trace of the synapse) is given, the recorder replaces the trace as the
+    synapse's attribute `presynaptic`, and records it.
     """
 
     def __init__(
@@ -298,7 +298,7 @@ class InputRecorder:
     def finish_batch(self, mean_over_ranks: Callable[[Tensor], Tensor]) -> Moments | None:
         """Average the moments of the global batch over ranks, and start the next batch.
 
-        It returns None, and makes no collective call, if the batch did not run this synapse.
+        If the batch did not run this synapse, return None, without a collective call.
         """
         moments, self.pending = self.pending, None
         if moments is not None:
@@ -310,7 +310,7 @@ class InputRecorder:
 def input_rows(synapse: Linear | Conv2d, x_TB: Tensor) -> Iterator[Tensor]:
     """The input vectors that the weight matrix multiplies, in blocks `[N, C]`.
 
-    For a convolution they are its patches, one block per time step.
+    For a convolution the vectors are the patches of its input, one block per time step.
     """
     if isinstance(synapse, Linear):
         yield x_TB.flatten(0, -2)

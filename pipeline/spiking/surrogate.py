@@ -94,7 +94,7 @@ class ATan(_Scaled):
 
 
 def spike(u_minus_threshold: Tensor, *, surrogate: Surrogate) -> Tensor:
-    """1 where the argument is >= 0, else 0, in its dtype. Its backward uses the surrogate.
+    """1 where the argument is >= 0, else 0, in the argument's dtype. The backward uses `surrogate`.
 
     The argument can also be in units of the threshold: (u - threshold) / threshold.
     """
@@ -103,7 +103,7 @@ def spike(u_minus_threshold: Tensor, *, surrogate: Surrogate) -> Tensor:
 
 
 def heaviside(u_minus_threshold: Tensor) -> Tensor:
-    """1 where the argument is >= 0, else 0, in its dtype. It has no backward."""
+    """1 where the argument is >= 0, else 0, in the argument's dtype. There is no backward."""
     # With `out` there is no intermediate tensor of booleans.
     return torch.ge(u_minus_threshold, 0, out=torch.empty_like(u_minus_threshold))
 

@@ -8,16 +8,16 @@ without batch norm:
 
 A `binarizer` (`spiking/binary.py`) computes a 1-bit weight from the parameter; then `weights` is
 "1-bit". Standardised and 1-bit weights are computed once for all slices of a batch
-(`slice_cache.py`).
+(`slice_cache.py`), unless the rule changes weights between slices.
 
-A seam is an attribute of a module that a rule sets to change the module's forward or backward. With
-g = dL/dy, the gradient of the output, a synapse has two seams:
+A seam is an attribute of a module that a rule sets to change the module's forward or backward. A
+synapse has two seams (g = dL/dy is the gradient of the output):
 
     presynaptic: x_TB -> factor_TB        dL/dW = sum_t g[t] factor[t]^T   (without it: factor = x)
     backward_weight: weight -> weight     dL/dx = backward_weight(W)^T g   (without it: W^T g)
 
-They are independent of each other. Even with seams, a convolution has one forward operation and one
-backward operation. With a `presynaptic` seam, each time step of a static input is computed.
+The seams are independent of each other. Even with seams, a convolution has one forward operation
+and one backward operation. With a seam, each time step of a static input is computed.
 
 `forward` accepts another `weight` for this call, such as one with a limited norm
 (`spiking/norm_limit.py`). Bias and seams are used as usual.

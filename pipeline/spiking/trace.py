@@ -115,7 +115,7 @@ def refuse_batch_norm(error_prefix: str, model: nn.Module) -> None:
 
 @contextmanager
 def running_order(modules: Mapping[str, nn.Module]) -> Iterator[list[str]]:
-    """Yield a list. Each of `modules` appends its name to the list once per time step it runs."""
+    """Yield a list. Each of `modules` appends its name for each time step of its input."""
     order: list[str] = []
 
     def append(name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -73,7 +73,8 @@ class Event:
     diverged: ClassVar[str | None] = None  # the value of MLflow's tag `spiketrain.diverged`
     # the event is no longer valid if the run returns to a step before it
     measures_weights: ClassVar[bool] = False
-    settles_weights: ClassVar[bool] = False  # the run cannot return to a step before this event
+    # the run returns to a step before this event only if it moves a checkpoint to quarantine
+    settles_weights: ClassVar[bool] = False
 
     time: float = 0.0  # Unix seconds
     attempt: int = NO_ATTEMPT  # number of the attempt, from 0
@@ -120,7 +121,7 @@ class Start(_AtStep, durable=True, sends_journal=True, state="interrupted", stat
     batch_size: Annotated[int, Tag("spiketrain.batch_size")]  # samples of a global batch
     micro_batch: Annotated[int, Tag("spiketrain.micro_batch")]  # samples of a micro-batch
     accumulation: int  # micro-batches of a worker in a global batch
-    parameters: int  # number of trainable parameters
+    parameters: int  # number of parameters of the network
     steps_per_epoch: int  # global batches of the current task
     total_steps: Annotated[
         int, Gauge("spiketrain_total_steps", "Global batches of the whole run.")
@@ -128,7 +129,7 @@ class Start(_AtStep, durable=True, sends_journal=True, state="interrupted", stat
     epochs: int  # of all tasks
     samples: int  # of the current task's training set
     dropped_per_epoch: int  # samples left out because they do not fill a global batch
-    began: float  # Unix seconds at which the worker's code began to run
+    began: float  # Unix seconds at which the worker's code began the attempt
     time_steps: int  # T
     precision: Annotated[str, Tag("spiketrain.precision")]  # such as bf16
     zero: Annotated[int, Tag("spiketrain.zero")]  # DeepSpeed's stage
@@ -144,9 +145,9 @@ class Start(_AtStep, durable=True, sends_journal=True, state="interrupted", stat
 
 @dataclass(frozen=True, kw_only=True)
 class FirstBatch(_AtStep):
-    """The first batch of an attempt is done."""
+    """The first batch that an attempt trains on is done."""
 
-    startup_s: float  # seconds since the worker's code began to run
+    startup_s: float  # seconds since `began` of the start event, without work between batches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +193,9 @@ class Phase(_AtStep):
 
 @dataclass(frozen=True, kw_only=True)
 class Step(_AtStep):
-    """Training metrics since the previous step event, over all workers."""
+    """Training metrics since the previous step event. Loss and accuracy are over all workers; times
+    are those of rank 0.
+    """
 
     epoch: int  # from 0, of the whole run
     metrics: Annotated[
@@ -413,7 +416,7 @@ class Finish(
     step: Annotated[int, Metric("summary/step")]  # global batches done
     summary: Annotated[
         dict[str, Any], Metric("summary", without=("seed", "steps", "epochs"))
-    ]  # the content of summary.json (train/metadata.py)
+    ]  # the content of summary.json without `hardware` (train/metadata.py)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -449,8 +452,7 @@ def from_dict(record: Mapping[str, Any]) -> Event:
     """The event in a JSON form.
 
     Raises:
-        ValueError: the kind is unknown, a field is missing, or the kind has no such field. The
-            message is one line.
+        ValueError: the kind or a field is unknown, or a field is missing. The message is one line.
     """
     kind, values = kind_of(record), {name: record[name] for name in record if name != KIND}
     require(

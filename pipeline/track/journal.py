@@ -55,8 +55,8 @@ class Journal:
         Raises:
             ValueError: the journal is closed.
             TypeError: a field has no JSON form.
-            OSError: the line was not written, or only a part of it. Readers skip the part, and the
-                next event begins on a new line.
+            OSError: the line was not written or not flushed, or only a part of it was written.
+                Readers skip the part, and the next event begins on a new line.
         """
         event = replace(event, time=time.time(), attempt=self.attempt)
         line = json.dumps(event.to_dict(), default=_converted)
@@ -117,10 +117,10 @@ def first(path: str | os.PathLike[str], *kinds: str) -> Record | None:
 
 
 def read_thinned(path: str | os.PathLike[str], kind: str, *, every: int) -> list[Record]:
-    """All events in a journal, oldest first. Of one kind, only every `every`-th event is kept.
-    Skipped lines are not parsed.
+    """The events in a journal, oldest first. Of the events of `kind`, only every `every`-th is
+    kept. Skipped lines are not parsed.
 
-    The last event of that kind before an event of another kind, or before the end, is also kept, so
+    The last event of `kind` before an event of another kind, or before the end, is also kept, so
     that curves keep their last point.
     """
     head, lines, count, skipped = _head(kind), list[bytes](), 0, b""
@@ -188,7 +188,7 @@ class Follower:
         file, and is read from its start.
 
         Args:
-            limit_bytes: the number of bytes to read, up to the end of a line; None: all.
+            limit_bytes: the number of bytes to read, extended to the end of a line; None: all.
         """
         try:
             with self.path.open("rb") as file:

@@ -1,7 +1,7 @@
 """Delivers the events of a journal to MLflow, in a thread of the driver or by `spiketrain sync`.
 
-The workers do not call MLflow. So a server that does not answer cannot slow them. It receives the
-missed events later. Each point (one metric at one step) is sent once, even if the delivering
+The workers do not call MLflow. So a server that does not answer cannot slow them. The server gets
+the missed events later. Each point (one metric at one step) is sent once, even if the delivering
 process dies.
 
 MLflow itself holds the state of the delivery. The run in MLflow has the tag `spiketrain.run_id`.
@@ -71,7 +71,8 @@ class SyncReport:
 def tracking_uri(runs_dir: str | os.PathLike[str]) -> str:
     """The absolute URI of the MLflow store: MLFLOW_TRACKING_URI, or else `mlflow.db` in `runs_dir`.
 
-    MLflow resolves a relative URI in the working directory, and a Ray worker has another one.
+    MLflow resolves a relative URI in the working directory. A Ray worker has another working
+    directory.
     """
     uri = (
         os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}{Path(runs_dir).resolve() / 'mlflow.db'}"
@@ -282,7 +283,8 @@ class Delivery:
     def _set_status(self, status: str, end_time: int) -> None:
         """Set the run's status and end time in MLflow if they changed, and its parent's status.
 
-        `status` is "" if no event has one. `end_time` is 0 if there are no new events.
+        If no new event has a status, `status` is the status in MLflow. `end_time` is 0 if there are
+        no new events.
         """
         if status == "RUNNING" and self._status[0] != status:
             self.client.update_run(self.run_id, status=status)
@@ -318,14 +320,14 @@ class Delivery:
 
 
 class Translation:
-    """Translates one run's events, in the journal's order, to metrics and tags of MLflow. Of two
-    values of a metric at one step, the first one counts.
+    """Translates one run's events, in the journal's order, to metrics and tags of MLflow.
 
-    A value cannot be replaced in MLflow. An evaluation or a fidelity measurement may be repeated,
-    because the run may return to an earlier step: it may fail or stop, or its ranks may have
-    different weights. So the measurement is sent when a checkpoint of its step or a later one is
-    complete, or when the run has finished or diverged. Training metrics of batches that were rolled
-    back are sent at once and stay; a tag names the steps.
+    A value cannot be replaced in MLflow. So only the first value of a metric at one step is sent.
+    An evaluation or a fidelity measurement may be repeated, because the run may return to an
+    earlier step: it may fail or stop, or its ranks may have different weights. So the measurement
+    waits until a checkpoint of its step or a later one is complete, or the run has finished or
+    diverged. A repeated measurement replaces the one that waits. Training metrics of batches that
+    were rolled back are sent at once and stay; a tag names the steps.
 
     `held` has the newest step of each metric in MLflow at the beginning. `already_there` is the
     number of points that were not sent because MLflow had them.
@@ -471,7 +473,7 @@ def register(
 
     The events of the run are delivered first. If the checkpoint is already a version, no new
     version is created. The checkpoint is not uploaded: the version's tag `uri` is its address. The
-    caller must `pin` it, so that it is not pruned.
+    caller must `pin` the checkpoint, so that it is not pruned.
 
     Raises:
         TrackingError: no attempt of the run has begun, or MLflow cannot be used.

@@ -75,8 +75,8 @@ def without_password(text: str) -> str:
 
 
 def reason(uri: str, error: Exception) -> str:
-    """The class and the first line of a store's error, without secrets. If the password must be
-    written in another way, this advice replaces the line.
+    """The class and the first line of a store's error, without secrets. If the password in `uri`
+    has an unquoted / ? or #, advice to quote these characters replaces the line.
     """
     login = _LOGIN.search(uri)
     if login is not None and re.search("[/?#]", login[0].removeprefix("//")):

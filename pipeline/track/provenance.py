@@ -1,8 +1,8 @@
 """The conditions under which a run was trained: workers, micro-batch, machine and loaders.
 
 A run may continue under other conditions: other workers, another machine, other loader threads,
-reserved cores, or (after memory ran out) half the micro-batch. Times and memory peaks of
-such a run belong to all of its conditions together.
+reserved cores, or (after memory ran out) a smaller micro-batch. Times and memory peaks of such a
+run belong to all of its conditions together.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,8 +37,8 @@ def conditions_of(
 ) -> list[dict[str, Any]]:
     """The conditions of a finished run, from `trained_on` in its summary, or else from its journal.
 
-    If neither has them, the result is the conditions at the end of the run. These are in other
-    fields of the summary. Their values also replace missing values.
+    If neither has them, the result is the conditions at the end of the run, which are other fields
+    of the summary. Values that are missing in the result are also taken from these fields.
     """
     return [
         _fields({**summary, **{name: value for name, value in fields.items() if value is not None}})

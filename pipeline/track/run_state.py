@@ -1,7 +1,7 @@
 """The state of a run. It is not stored, but derived from the run's files and the driver's lock.
 
 The states of a suite's runs determine which entries of the suite are done. A diverged run counts as
-done, and a diverged trial ranks last.
+done, unless other runs need its weights. A diverged trial ranks last.
 """
 
 import fcntl
@@ -53,7 +53,7 @@ def is_over(run: Path, *, is_needed: bool) -> bool:
     """Whether a suite has nothing left to do for a run.
 
     A diverged run counts as done, because it would diverge again. If `is_needed`, other runs start
-    from the weights of this run, so it must have finished.
+    from the weights of this run, so the run must have finished.
     """
     return state_of(run) in (("finished",) if is_needed else ("finished", "diverged"))
 

@@ -73,7 +73,7 @@ class Process:
     began: float  # unix seconds at the start of the attempt
 
     def retry_during_outage(self, act: Callable[[], T_]) -> T_:
-        """Rank 0's result of `act`, on every rank. Waits for unavailable storage. Collective."""
+        """Rank 0's result of `act`, on every rank. Waits during a storage outage. Collective."""
         return retry_during_outage(
             self.ranks,
             act,
@@ -97,7 +97,7 @@ class TrainContext(Process):
     stretches: tuple[Stretch, ...]  # the steps of each task
     mixing: Mixing | None
     teaching: Teaching | None
-    # compares gradients on one micro-batch, on rank 0, if the recipe asks for gradient fidelity
+    # compares gradients on one micro-batch; None without `fidelity_every`, or on a rank above 0
     compare_gradients: Callable[..., Fidelity] | None
     meters: Meters
     checkpoints: Checkpoints
@@ -107,7 +107,7 @@ class TrainContext(Process):
 
     @contextmanager
     def published(self) -> Iterator[None]:
-        """Inside the block, the network has the values for evaluations and checkpoints: its
+        """Inside the block, the network has the values that are evaluated and published: its
         weights (averaged over steps if the recipe sets `ema_decay`) and its running statistics
         averaged over ranks.
         """
@@ -247,7 +247,7 @@ def _newest(checkpoints: Checkpoints, recipe: Recipe, job: Job) -> Path | None:
 
     Raises:
         UserError: there is no checkpoint, although the journal names one that is not in quarantine.
-            A disk may not be mounted, and a new start would lose the checkpoint.
+            Perhaps a disk is not mounted. A new start would lose the checkpoint.
         ValueError: recipe.json has another study than the checkpoint or, without a checkpoint, than
             the launch. `init` is compared with that of the launch only.
     """

@@ -80,8 +80,8 @@ class Backend(Protocol):
 
 
 def optimizer_reset(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """A function that resets `optimizer` to the state at this call, which must come before its
-    first step.
+    """A function that resets `optimizer` to the state at this call. This call must come before the
+    optimizer's first step.
 
     DeepSpeed's ZeRO wrappers (0.19.8) contain a torch optimizer for this rank's part of the
     parameters. timm's Lookahead (1.0.31) contains the optimizer that has the state.

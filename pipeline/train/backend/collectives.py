@@ -150,7 +150,7 @@ class Ranks:
         """Inside the context, each floating-point buffer, such as a running statistic, is its mean
         over ranks. Afterwards each rank has its own buffers again.
 
-        Yields copies of this rank's own buffers, by name; nothing if there is one rank.
+        Yields copies of this rank's own buffers, by name; none if there is one rank.
         """
         buffers = {
             name: buffer
