@@ -59,12 +59,12 @@ class StopRequest:
         self._signal_name, self._is_printed = "", False
 
     def on_signal(self, number: signal.Signals) -> None:
-        """At the first signal, ask the workers to stop. At a later signal, end this process, unless
-        the signal is one of SAVING_SIGNALS.
+        """Ask the workers to stop. If they were asked before, by a signal or by the suite of the
+        run, end this process, unless the signal is one of SAVING_SIGNALS.
 
         The request is not printed here: the main thread may be in the middle of a line.
         """
-        if not self._signal_name:
+        if not self._signal_name and not was_stopped(self._folder):
             self._signal_name = number.name
             self._write_request()
         elif number not in SAVING_SIGNALS:

@@ -10,7 +10,7 @@ Result:   no rule is shown to gain by its own rate: BPTT .8888 shared, .8867 tun
           "Results that stood in the docstrings of recipes".
 
 The setting is that of claims_fashion.py at decay 1/11. Trials train on nine tenths of the training
-set and are judged by the last tenth. The test set is read once, after the last epoch.
+set and are judged by the remaining tenth. The test set is read once, after the last epoch.
 """
 
 from dataclasses import replace

@@ -314,7 +314,7 @@ def _fashion_folder(source: Path | None) -> Path:
         raise DataError(
             f"write_fashion: Fashion-MNIST is not in {FASHION_PACKAGE}, and torchvision cannot"
             f" download it ({type(error).__name__}: {error}); `apt install dataset-fashion-mnist`,"
-            " or pass source="
+            " or name a folder that has its files: --source"
         ) from error
 
 
