@@ -70,8 +70,8 @@ class SavingHooks:
         """Save if a save is due or requested. Otherwise compare the replicas if that is due.
         Returns whether a stop is requested.
 
-        `last`: the batch is the last of its epoch. A save that is due then waits for the
-        evaluation. A requested save does not wait, because there may be no time for the evaluation.
+        `last`: the batch is the last of its epoch. `Trainer._end_epoch` then makes a save that is
+        due. A requested save does not wait, because there may be no time for the evaluation.
 
         Raises:
             Rollback: the replicas differ.

@@ -26,7 +26,7 @@ class Job:
     data_fingerprint: str
     commit: str
     recipe: dict[str, Any]  # the recipe at the launch, as JSON; compared with recipe.json
-    parent: str | None = None  # id of the launch of the suite
+    parent: str | None = None  # the id of the suite's launch
     suite: str | None = None  # the name of the suite's folder
     family: str | None = None  # the MLflow experiment; all runs of a suite share one
     run_id: str = ""

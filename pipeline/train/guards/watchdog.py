@@ -66,8 +66,8 @@ class Watchdog:
     def beat(self) -> None:
         """Report that this worker does not hang. This sets the timer again if a new interval began.
 
-        The intervals begin at the same times on all ranks, so a rank that waits for a hung rank
-        does not end before that rank.
+        The intervals begin at the same times on all ranks, so a hung rank and the ranks that wait
+        for it usually end at about the same time.
         """
         if self._timeout_s > 0 and self._interval() != self._set_in:
             self._set()
