@@ -140,8 +140,8 @@ def with_placeholder_weights(suite: Suite) -> Iterator[tuple[Recipe, ...]]:
     """The recipes of a suite, with a temporary file of initial weights in place of each reference
     to the weights of another run. The files exist inside the `with` block.
 
-    They have the names and shapes of the trained weights. So all checks that do not depend on
-    values are possible before the first run.
+    The tensors in a file have the names and shapes of the trained weights. So all checks that do
+    not depend on values are possible before the first run.
 
     Raises:
         ValueError: a network whose weights are needed cannot be built.
@@ -184,10 +184,10 @@ def build_optimizer(recipe: Recipe, network: nn.Module, rule: Rule) -> torch.opt
 def exclude_from_decay(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
     """Exclude `parameters` from weight decay.
 
-    If their group has other parameters, they move to a new group.
+    `parameters` move to a new group if their group also has others.
 
-    timm (1.0.31) can do this only for groups that it makes itself, by names that the outermost
-    network lists in `no_weight_decay`.
+    By name, timm (1.0.31) excludes only parameters that the outermost network lists in
+    `no_weight_decay`, and only in groups that timm itself makes.
     """
     excluded = {id(parameter) for parameter in parameters}
     for group in list(optimizer.param_groups):
@@ -213,7 +213,7 @@ def build_schedule(
     schedules = []
     for stretch in stretches:
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate  # the previous schedule may set its first rate when it is built
+            group["lr"] = rate  # building the previous schedule may have set its first rate
         schedules.append(recipe.schedule.build(optimizer, stretch.steps, stretch.epoch_steps))
 
     def schedule(step: int) -> None:

@@ -1,5 +1,5 @@
-"""When a run is saved: at the steps that the recipe sets, on request, and before a machine is taken
-away.
+"""When a run is saved: at the steps and times that the recipe sets, after each epoch, on request,
+and before a machine is taken away.
 
 Between two batches rank 0 decides for all ranks, so that all of them save after the same step. An
 evaluation may be long, so each rank looks for requests during it. If one rank sees a request, all
@@ -35,7 +35,7 @@ class SavingHooks:
     """Saves the state of an attempt. Public methods are collective unless they say otherwise.
 
     Checkpoints are written during training. A checkpoint is valid, and is journaled, once it is
-    complete. As a context manager, it closes the checkpoints if an exception ends the attempt.
+    complete. After an exception other than `Rollback`, the context manager closes the checkpoints.
 
     Args:
         step: the step at which the attempt starts.
@@ -48,12 +48,12 @@ class SavingHooks:
         self.context, self.state = context, state
         self.ranks, self.checkpoints = context.ranks, context.checkpoints
         self.files = RunFolder(context.job.run)
-        self.leaving_machines = frozenset[str]()  # those of the notices that this rank knows
-        self.deadline = math.inf  # of the last save before they leave, on the monotonic clock
+        self.leaving_machines = frozenset[str]()  # in the notices that this rank knows
+        self.deadline = math.inf  # of the last save before machines leave, on the monotonic clock
         self._last_save: dict[str, Any] = {"step": step}  # the arguments of the last `_save`
         self._last_save_at = self._batch_began = time.monotonic()
         # _stall_s: how long the last save stopped the training
-        # _write_s: how long the last checkpoint took until it was complete; known to rank 0
+        # _write_s: `write_s` of the last checkpoint; known to rank 0
         self._stall_s = self._write_s = 0.0
         # the files of requests that this rank looks for during an evaluation
         self._request_files = (self.files.stop_request, self.files.save_request)
@@ -70,8 +70,8 @@ class SavingHooks:
         """Save if a save is due or requested. Otherwise compare the replicas if that is due.
         Returns whether a stop is requested.
 
-        `last`: the batch is the last of its epoch. A save that is due then waits for the
-        evaluation. A requested save does not wait, because there may be no time for the evaluation.
+        `last`: the batch is the last of its epoch. `Trainer._end_epoch` then makes a save that is
+        due. A requested save does not wait, because there may be no time for the evaluation.
 
         Raises:
             Rollback: the replicas differ.
@@ -117,7 +117,7 @@ class SavingHooks:
 
     def before_evaluation(self, step: int) -> None:
         """Save without a score if much training is unsaved, the last save failed, or machines will
-        be taken away.
+        be taken away. Do nothing if the last save was at `step`.
         """
         self._request_files = (self.files.stop_request, self.files.save_request)
         [is_due] = self.ranks.decide(
@@ -129,7 +129,9 @@ class SavingHooks:
             self.save(step, is_epoch_end_due=True)
 
     def is_interrupted(self) -> bool:
-        """Whether this rank sees a request to stop or to save in an evaluation. Not collective."""
+        """Whether this rank sees a request to stop or save, or a new notice, during an evaluation.
+        Not collective.
+        """
         self._report(self.checkpoints.done())
         return self.is_new(self.context.rank_info.notice()) or any(
             file.exists() for file in self._request_files
@@ -158,8 +160,8 @@ class SavingHooks:
 
         Args:
             score: the score of the evaluation after these batches.
-            is_epoch_end_due: an epoch has ended, and an attempt that continues from this checkpoint
-                must evaluate it.
+            is_epoch_end_due: `Trainer._end_epoch` of this step is not done. An attempt that
+                continues from this checkpoint begins with it.
 
         Raises:
             Rollback: the replicas differ.
@@ -186,7 +188,7 @@ class SavingHooks:
                 self._stall_s += stall_s
 
     def newest_step(self) -> int:
-        """The step of the newest checkpoint, after the last one is complete or has failed."""
+        """Wait for the last save. Returns the step of the newest complete checkpoint."""
         saved, _ = self.checkpoints.settle()
         self._report(saved)
         return self.checkpoints.newest_step
@@ -220,8 +222,8 @@ class SavingHooks:
         return notice
 
     def _fulfil_request(self, step: int) -> None:
-        """Delete the request to save once the checkpoint is complete. Ray waits for this before it
-        ends the workers.
+        """Delete the request to save once the checkpoint is complete. `Resizing` in
+        launch/ray_trainer.py waits for the deletion before it ends the workers.
         """
         self.wait(step)
         if self.ranks.rank == 0:

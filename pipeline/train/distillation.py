@@ -145,8 +145,8 @@ class Distillation:
 def soft_loss(
     form: Literal["soft", "kl"], teacher_BK: Tensor, logits_BK: Tensor, temperature: float
 ) -> Tensor:
-    """`tau^2` times the cross-entropy ("soft") or the KL divergence ("kl") of the softmax of the
-    logits from that of the teacher, both at temperature tau.
+    """The mean over the batch of tau^2 CE(p, q) ("soft") or tau^2 KL(p || q) ("kl"). p is the
+    softmax of the teacher's logits divided by tau, q that of `logits_BK` divided by tau.
     """
     log_p_BK = F.log_softmax(teacher_BK / temperature, dim=-1)
     log_q_BK = F.log_softmax(logits_BK / temperature, dim=-1)

@@ -3,7 +3,7 @@ what is refused.
 
 Global batch, learning rate, schedule and steps stay the same. Row r of batch b is the same sample
 in the same view at every size, because the order depends on (seed, epoch) alone. So an epoch has
-each sample once at any size. Weights differ only by the order of sums. Some parts of a network
+the same samples at any size. Weights differ only by the order of sums. Some parts of a network
 depend on how a batch is divided:
 
     norms and dropout     depend on the samples of a micro-batch. A micro-batch has the same rows at
@@ -11,8 +11,8 @@ depend on how a batch is divided:
                           changes
     dropout               is drawn from (seed, step, first row of the micro-batch), not from a
                           stream of each rank
-    running statistics    are updated by each micro-batch, so they depend on the size. They are
-                          saved as their mean over ranks, with which all ranks start
+    running statistics    are updated by each micro-batch, so they depend on the size. Their mean
+                          over ranks is saved, too. An attempt with another size starts with it
     a rule's own state    is averaged over ranks by every rule
 """
 
@@ -49,7 +49,8 @@ def format_sizes(sizes: Sequence[int]) -> str:
 
 def fit_to_sizes(recipe: Recipe, network: nn.Module, rule: Rule, sizes: Sequence[int]) -> Recipe:
     """Check that a recipe can train at each of `sizes`. Returns the recipe. If there are several
-    sizes and the network depends on the micro-batch, its `micro_batch` is the same at every size.
+    sizes and the network depends on the micro-batch, the returned recipe has one `micro_batch` that
+    fits every size.
 
     Raises:
         ValueError: one of these:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pipeline.train.assemble import TrainContext
 
 TOP_K = 5  # classes of the top-5 accuracy
-MAX_COUNTED_SAMPLES = 64  # samples of a rank whose operations are counted
+MAX_COUNTED_SAMPLES = 64  # operations are counted on up to this many samples of each rank
 LOOK_S = 1.0  # seconds between two looks for a request to stop or to save
 
 
@@ -70,7 +70,8 @@ class Predictions:
     index: Ints  # `Batch.index`: the sample's position in the evaluation file
     target: Ints
     answer: Ints  # the predicted class: it has the highest mean logit
-    task: Ints | None = None  # the number of the task of this set; None: the run has no phases
+    # the number of each sample's task, read from a file of a run with phases; else None
+    task: Ints | None = None
 
     @property
     def is_correct(self) -> NDArray[np.bool_]:
@@ -87,7 +88,8 @@ class EvaluationOutput(NamedTuple):
     readings: EnergyReadings  # of this rank's card
 
 
-# sums over samples; top1 and top5 count hits; top5_samples is `samples`, or 0 up to five classes
+# sums over samples; top1 and top5 count hits; top5_samples is `samples`, or 0 without a top-5
+# accuracy
 _Sums = namedtuple("_Sums", ("samples", "top1", "loss", "top5_samples", "top5"))
 
 

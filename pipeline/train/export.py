@@ -10,12 +10,12 @@
                                norm directly behind X (`spiking/binary.py`)
 
 The metadata contain the format, the version, the layout, the recipe's `model` as JSON, its
-`time_steps`, the place of the user's own code of the model (`code`, see own_code.py), and the
-sha256 of the other metadata and the tensors.
+`time_steps`, the folder and the hashes of the user's own code of the model (`code`, see
+own_code.py), and the sha256 of the other metadata and the tensors.
 
 A packed network computes the same as the trained one up to rounding, because folding changes the
-rounding. Rounding may change a spike if a potential equals its threshold to the last bits. Another
-batch size or another machine may also change such a spike.
+rounding. Rounding may change a spike if a potential and its threshold differ only in the last bits.
+Another batch size or another machine may also change such a spike.
 """
 
 import copy
@@ -66,7 +66,7 @@ class ExportedFile:
     file: Path
     plain_bytes: int  # size of the tensors before packing
     parameters: int
-    # of a packed network:
+    # the next three: of a packed network
     bit_parameters: int = 0
     bit_synapses: int = 0
     folded_synapses: int = 0  # whose scales are folded into a norm
@@ -167,7 +167,8 @@ def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str]
 
     Raises:
         ValueError: the file is not an export of this version, it is damaged, its network cannot be
-            built (such as code outside `trust`), or the model or the weights do not fit.
+            built (for example, its code is outside `trust`), or the model or the weights do not
+            fit.
     """
     try:
         with safe_open(file, framework="pt") as opened:

@@ -36,7 +36,7 @@ def compare_gradients(
         loss: the loss on labels alone, without a teacher.
         network_state: the state dict of the network.
         rule_state: the state dict of the recipe's rule.
-        step: the number of the batch. It determines the rule's random draws.
+        step: the step of the run. It determines the rule's random draws.
     """
     network = make_network()
     network.load_state_dict(network_state)

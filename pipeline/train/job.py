@@ -25,8 +25,8 @@ class Job:
     study: str
     data_fingerprint: str
     commit: str
-    recipe: dict[str, Any]  # the recipe at the launch, as JSON; recipe.json must be the same
-    parent: str | None = None  # shared by the runs of one suite
+    recipe: dict[str, Any]  # the recipe at the launch, as JSON; compared with recipe.json
+    parent: str | None = None  # the id of the suite's launch
     suite: str | None = None  # the name of the suite's folder
     family: str | None = None  # the MLflow experiment; all runs of a suite share one
     run_id: str = ""
@@ -43,7 +43,7 @@ class Job:
     # the token that lets the workers write to this store (checkpoint/store.py); "": none, because
     # the lock of the run's folder protects a store in this folder
     store_token: str = ""
-    own_cores: bool = False  # whether each worker on a CPU uses only cores that no other run uses
+    own_cores: bool = False  # whether each worker on a CPU reserves cores (core/cpu_affinity.py)
 
 
 @dataclass(frozen=True)

@@ -113,7 +113,7 @@ def checkpoint_metadata(
 
     Args:
         score: the score of the evaluation at this step; None: no score.
-        is_epoch_end_due: an epoch has ended, and its evaluation is not done yet.
+        is_epoch_end_due: `Trainer._end_epoch` of this step is not done yet.
         state: the state of the trainer.
     """
     job, recipe, folder = context.job, context.recipe, Path(context.job.run)
@@ -254,8 +254,8 @@ def _attempt_seconds(events: Sequence[Event], attempt: int) -> tuple[float, floa
     current attempt: to now), and the seconds of its start-up.
 
     If the clock was set back between two events, no time counts between them. If the attempt ended
-    before its first batch, its start-up is the time before its event "start", or all its time
-    without this event.
+    before its first batch, its start-up is the time before its event "start", or all its time if it
+    has no such event.
     """
     own_events = [event for event in events if event.attempt == attempt]
     start = next((event for event in own_events if isinstance(event, Start)), None)

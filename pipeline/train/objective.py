@@ -20,10 +20,11 @@ from pipeline.rules.base import LossFn, OverTime
 
 class Loss(Protocol):
     """Maps the targets of a micro-batch, and the teacher's logits if there is a teacher, to a
-    `loss_fn`, which maps logits [B,K] to a scalar, the mean over the batch.
+    `loss_fn`. The `loss_fn` maps logits [B,K] to a scalar, the mean over the batch.
 
     `labels` is the loss on labels alone, which evaluation reports. `is_stateful` says whether a
-    `loss_fn` depends on its earlier calls. A rule must then call it once per step, in time order.
+    `loss_fn` depends on its earlier calls. A rule must call such a `loss_fn` once per step, in time
+    order.
     """
 
     def __call__(self, target_B: Tensor, teacher_BK: Tensor | None = None) -> LossFn: ...
@@ -35,9 +36,9 @@ class Loss(Protocol):
     def is_stateful(self) -> bool: ...
 
     def check(self, *, has_teacher: bool, over_time: OverTime, time_steps: int) -> None:
-        """Check that the objective fits the rest of a recipe. `has_teacher`: the recipe has one.
+        """Check that the objective fits the rest of a recipe.
 
-        Raises: ValueError if it does not fit.
+        Raises: ValueError if the objective does not fit.
         """
 
 

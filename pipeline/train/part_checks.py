@@ -86,7 +86,7 @@ def check_data_members(data: Any, part: Spec) -> Data:
 def check_loader(loader: Loader, data: Data, method: str) -> Loader:
     """Check a loader that `data.train` or `data.val` returned, and return it. Reads no sample.
 
-    Raises: ValueError if it does not implement `pipeline.data.base.Loader`.
+    Raises: ValueError if the loader does not implement `pipeline.data.base.Loader`.
     """
     subject = f"data: the loader of {type(data).__name__}.{method}"
     require_members(subject, loader, ("samples", "steps_per_epoch", "epoch", "close"))
@@ -173,8 +173,8 @@ def check_network(network: nn.Module, recipe: Recipe, data: Data) -> None:
 
 
 def check_objective(objective: Any, part: Spec, *, classes: int) -> None:
-    """Raises: ValueError if it does not implement `pipeline.train.objective.Loss`, or its loss on
-    labels is not a scalar.
+    """Raises: ValueError if `objective` does not implement `pipeline.train.objective.Loss`, or its
+    loss on labels is not a scalar.
     """
     subject = f"objective: {part.target.__name__}"
     require_members(subject, objective, ("__call__", "labels", "is_stateful", "check"))

@@ -28,7 +28,7 @@ class Recovery(Exception):
 
 
 class SkipBatch(Recovery):
-    """The batch must not move the weights. Every rank raises it."""
+    """The batch must not move the weights. Every rank raises this error."""
 
 
 class StartAgain(Recovery):
@@ -36,8 +36,8 @@ class StartAgain(Recovery):
 
 
 class Rollback(StartAgain):
-    """Every rank raises it. `step`: the number of the last batch. `skips`: from now on the run
-    skips the batches since the checkpoint.
+    """Every rank raises this error. `step`: the number of the last batch. `skips`: from now on the
+    run skips the batches since the checkpoint.
     """
 
     def __init__(self, step: int, reason: str, *, skips: bool = True) -> None:
@@ -63,7 +63,7 @@ class Decisions:
 
     @classmethod
     def read(cls, run: Path) -> Self:
-        """Raises: UserError if the file is damaged."""
+        """Raises: ValueError if the file is damaged."""
         file = RunFolder(run).decisions
         if not file.exists():
             return cls()
@@ -158,7 +158,7 @@ class Decisions:
             except ValueError as error:
                 refusal = refusal or error  # keeps the error of the largest micro-batch
                 continue
-            if checked.split(ranks).micro_batch == fewer:  # it divides the batch
+            if checked.split(ranks).micro_batch == fewer:  # `fewer` divides the batch
                 return decisions
         why = f", and the recipe does not accept fewer: {refusal}" if refusal else ""
         raise ValueError(

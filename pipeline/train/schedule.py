@@ -44,8 +44,8 @@ def cosine(
         min_lr: the learning rate at the end of the cosine.
         update_every: "epoch" holds the rate of the epoch's first step, like code that sets the rate
             once per epoch. The warm-up changes the rate at each step in both cases.
-        warmup_prefix: whether the cosine begins at the end of the warm-up (s0; timm's term).
-            Otherwise it begins at s0 = 0, and the warm-up replaces its first rates.
+        warmup_prefix: whether the cosine begins at s0 = the end of the warm-up. Otherwise it begins
+            at s0 = 0, and the warm-up replaces its first rates.
 
     Raises:
         ValueError: `warmup` is outside 0..1, or `update_every` is another word.
@@ -108,7 +108,7 @@ def milestones(
 ) -> Schedule:
     """Warm up linearly from 0, then multiply the learning rate by `factor` at each milestone.
 
-    `at` has the milestones in order and `warmup` the length of the warm-up, both as shares of the
+    `at` has the milestones in order. `warmup` is the length of the warm-up. Both are shares of the
     run's steps.
 
     Raises:

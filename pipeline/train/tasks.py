@@ -117,7 +117,7 @@ class Loaders:
         threads: int = 1,
     ) -> None:
         self.tasks = tuple(tasks)
-        # Batches of a user's own data sets are checked. Tests cover those of the package's own.
+        # The batches of a user's own data sets are checked. Tests check those of this package.
         parts = (recipe.data, *(phase.data for phase in recipe.phases))
         self._checks_batches = rank == 0 and not all(
             is_trusted(dotted(part.target), TRUSTED) for part in parts

@@ -50,7 +50,7 @@ class Teaching:
 
     def __call__(self, x_B: Tensor, index_B: Tensor, epoch: int) -> Tensor:
         """The teacher's logits `[B,K]` for `x_B`, which are one epoch's views of the samples
-        `index_B`. They are fp32 and have no graph.
+        `index_B`. The logits are fp32 and have no graph.
 
         If the logits of one sample are missing, the teacher computes the whole batch, because the
         last bits of its logits depend on the other samples of the batch.

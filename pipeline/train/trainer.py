@@ -41,14 +41,14 @@ from pipeline.train.metadata import hardware_of, rule_metrics, start_event, summ
 from pipeline.train.recovery import Rollback
 from pipeline.train.tasks import TaskResults
 
-# A wait for data is reported if it takes a larger share of the time of steady batches. The share is
-# known after so many steady batches.
+# A wait for data is reported if its share of the time of steady batches is above
+# MAX_DATA_WAIT_SHARE. The share is known after MIN_STEADY_BATCHES steady batches.
 MAX_DATA_WAIT_SHARE = 0.2
 MIN_STEADY_BATCHES = 50
 
 
 class StopRequested(Exception):
-    """The run must stop. Every rank raises it, after the run is saved."""
+    """The run must stop. Every rank raises this exception, after the run is saved."""
 
 
 class Trainer:
@@ -148,7 +148,7 @@ class Trainer:
         self.stretch = stretch = stretch_at(self.context.stretches, self.step)
         with closing(self.context.loaders.train(stretch.index)) as train_set:
             self.tasks[stretch.index].choose_head(self.backend.network)
-            if self.step == stretch.first:  # a checkpoint of this step is of the previous task
+            if self.step == stretch.first:  # also after a resume at the end of the previous task
                 self._begin_task()
             while self.step < stretch.end:
                 epoch = stretch.epoch(self.step)
@@ -265,10 +265,10 @@ class Trainer:
             raise StopRequested
 
     def _end_epoch(self, epoch: int) -> None:
-        """Evaluate and compare gradients if they are due, and save.
+        """Evaluate if that is due, compare gradients if that is due, and save.
 
-        The checkpoint has the score of the evaluation. If much training is unsaved, a checkpoint
-        without a score is written before the evaluation.
+        The checkpoint has a score if all tasks were evaluated. `before_evaluation` may write an
+        earlier checkpoint without a score.
         """
         stretch, score, evaluation = self.stretch, None, self.recipe.evaluation
         is_task_end = self.step == stretch.end

@@ -1,7 +1,7 @@
 """The thread in which a rank writes its part of a checkpoint during training.
 
-A checkpoint is complete once every rank has written its part. The threads cannot use collectives,
-because training uses them. Instead, each rank except 0 lists its files in a note, a file in the
+A checkpoint needs the part of every rank. The threads cannot use collectives, because training uses
+them at the same time. Instead, each rank except 0 lists its files in a note, a file in the
 checkpoint's folder. The thread of rank 0 waits for the notes, writes the manifest and moves the
 folder to the store.
 """
@@ -37,7 +37,8 @@ class SavedCheckpoint:
 
     address: str
     step: int
-    write_s: float  # seconds from the copy of the state until the checkpoint was complete
+    # seconds from the copy of the state until the checkpoint was complete and old ones were deleted
+    write_s: float
     bytes: int
     prune_error: str = ""  # the error if an old checkpoint could not be deleted
 
@@ -82,7 +83,7 @@ class Background:
         return self.outcome.exception() if self.outcome.done() else None
 
     def take(self) -> SavedCheckpoint | None:
-        """The result at the first call, which waits for it; None at later calls.
+        """The first call waits for the result and returns it. Later calls return None.
 
         Raises:
             Exception: the error of the thread, at the first call.

@@ -42,8 +42,8 @@ class Checkpoints:
         ranks: the number of ranks.
         each: gathers every rank's value, in the order of ranks, on every rank; see
             `Ranks.all_gather_object`.
-        on_quarantine: called on rank 0 with the new address of a damaged checkpoint and the reason,
-            before the checkpoint is moved.
+        on_quarantine: called on rank 0 with the new address of a checkpoint and the reason, before
+            the checkpoint is moved to `quarantine/`.
         on_unwritten: called on every rank with step and error if a checkpoint could not be written
             and the run continues.
         beat: called repeatedly by a rank that waits for a thread.
@@ -90,7 +90,7 @@ class Checkpoints:
 
         Returns:
             The previous checkpoint, as `wait` does; None if it could not be written. `on_unwritten`
-            is then called, and this checkpoint is written all the same.
+            is then called, and the new checkpoint is still written.
 
         Raises:
             UserError, OSError: see `settle`.
@@ -196,7 +196,7 @@ class Checkpoints:
         Raises:
             CheckpointError: a file of this checkpoint would run code when it is loaded, or another
                 driver owns the store.
-            OSError: the storage failed. A later call continues.
+            OSError: the storage failed. A later call may succeed.
         """
         self.store.sweep()
         for name in reversed(self.store.names()):
@@ -226,9 +226,9 @@ class Checkpoints:
     def _quarantine(self, name: str, reason: str) -> None:
         """Report the new address of a checkpoint and the reason, then move the checkpoint.
 
-        The report comes first. Otherwise a process that dies after the move would leave a journal
-        that names a missing checkpoint without a reason. If the move fails, the next call reports
-        the checkpoint again.
+        The report comes first. Otherwise, if the process died after the move, the journal would not
+        say why the checkpoint is missing. If the move fails, the next call reports the checkpoint
+        again.
         """
         folder = PurePosixPath(self.store.address(name)).name
         target = f"quarantine/{folder}-{time.strftime('%Y%m%d-%H%M%S')}-{self.attempt}"
@@ -323,7 +323,7 @@ def _errno_and_text(error: BaseException) -> tuple[int | None, str]:
 
 
 def weights_of(network: nn.Module) -> dict[str, Tensor]:
-    """A copy on the CPU of the network's state_dict, which is published."""
+    """A contiguous copy of the network's state_dict on the CPU, for safetensors."""
     return {
         name: value.detach().to("cpu", copy=True).contiguous()
         for name, value in network.state_dict().items()

@@ -1,5 +1,5 @@
-"""The manifest of a checkpoint: size and sha256 of each file. A folder without a manifest is not a
-checkpoint.
+"""The manifest of a checkpoint: size and sha256 of each file. A checkpoint without a manifest does
+not verify.
 """
 
 import hashlib

@@ -75,7 +75,7 @@ def expected_step(events: Iterable[Event], *, keep: int) -> int | None:
             existing = set(sorted({*existing, event.step})[-keep:])
         elif isinstance(event, Quarantine):
             if name := re.match(r"step_(\d+)", PurePosixPath(event.path).name):
-                # Saving it deleted an older checkpoint, even if the journal lacks that save.
+                # The save of this checkpoint deleted an older one. The journal may lack the save.
                 step = int(name[1])
                 existing = set(sorted({*existing, step})[-keep:]) - {step}
     return max(existing, default=None)

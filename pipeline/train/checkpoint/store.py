@@ -13,8 +13,9 @@ sha256 is checked after a download.
 
 A store outside of its run's folder has an owner, because the lock of the run's folder does not
 protect the store. A driver writes `owner.json` with a new token before it changes anything. Every
-change checks the token first. If two drivers use a store, the later one owns it. The earlier one
-ends at its next save, even if it runs on another machine.
+change checks the token first. If two drivers of one run use a store, the later one owns it. The
+earlier one ends at its next save, even if it runs on another machine. A driver of another run is
+refused.
 
 A process downloads checkpoints to a folder of its own, which is deleted when the process ends. If
 the process was killed, the kernel has released the lock file beside the folder, and the next
@@ -130,7 +131,7 @@ class CheckpointStore:
         return f"{self.url}/{folder}"
 
     def fetch(self, name: str) -> Path:
-        """A folder with the checkpoint, which every rank sees. The checkpoint is not verified.
+        """The checkpoint's folder, on storage that every rank sees. The checkpoint is not verified.
 
         A download from a remote store stays until this process fetches again or ends.
         """

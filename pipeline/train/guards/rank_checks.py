@@ -53,7 +53,7 @@ def stragglers(busy_s: float, ranks: Ranks, *, max_ratio: float = 1.5) -> dict[i
     """The slow ranks: the ratio of a rank's busy time to the median of all ranks, if it is above
     `max_ratio`. Collective.
 
-    Of two ranks, the shorter busy time is the median.
+    For an even number of ranks, the median is the shorter of the two middle times.
     """
     busy_s_by_rank = ranks.all_gather_object(busy_s)
     median_s = statistics.median_low(busy_s_by_rank)

@@ -1,5 +1,5 @@
-"""Ends a worker that hangs, and writes the stacks of its threads to the run's folder. The workers
-are then restarted.
+"""Ends a worker that hangs, and writes the stacks of its threads to the run's folder. Ray then
+restarts the workers.
 
 A hang in a loader, a lock or a collective raises no error. Ray considers a worker alive as long as
 its actor responds. The timer is that of `faulthandler`, which fires even if no Python thread can
@@ -18,8 +18,8 @@ from typing import IO, Self
 from pipeline.core.run_folder import RunFolder
 from pipeline.track.events import Event, Hung
 
-# The timer is set again after this fraction of the timeout, not at every `beat`: each time,
-# faulthandler starts a thread.
+# The timer is set again after this fraction of the timeout, not at every `beat`, because
+# faulthandler starts a thread each time.
 _INTERVAL = 0.1
 
 
@@ -39,8 +39,8 @@ def unreported_hangs(run: Path, events: Sequence[Event]) -> dict[str, int]:
 
 
 class Watchdog:
-    """The watchdog of one process. Inside its context, `beat` must be called at least every
-    `patience_s` seconds; 0: the watchdog is disabled.
+    """The watchdog of one process. Inside its context, the process ends if `beat` is not called for
+    about `patience_s` seconds; 0: the watchdog is disabled.
     """
 
     def __init__(self, run: Path, *, rank: int, patience_s: float) -> None:
@@ -66,8 +66,8 @@ class Watchdog:
     def beat(self) -> None:
         """Report that this worker does not hang. This sets the timer again if a new interval began.
 
-        The intervals begin at the same times on all ranks, so a rank that waits for a hung rank
-        does not end before that rank.
+        The intervals begin at the same times on all ranks, so a hung rank and the ranks that wait
+        for it usually end at about the same time.
         """
         if self._timeout_s > 0 and self._interval() != self._set_in:
             self._set()
