@@ -126,7 +126,7 @@ class Decisions:
         if self.rollbacks >= recipe.policy.max_rollbacks:
             message = (
                 f"training: batch {rollback.step} (epoch {epoch + 1}): {rollback.reason}; all"
-                f" rollbacks of max_rollbacks={self.rollbacks} are used"
+                f" rollbacks of max_rollbacks={recipe.policy.max_rollbacks} are used"
             )
             if rollback.skips:
                 raise Diverged(f"{message}; {recipe.remedy}")
