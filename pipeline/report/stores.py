@@ -54,9 +54,9 @@ MAX_BYTES = 64 << 20  # larger artifacts are not read whole
 LOCK_TIMEOUT_S = 2.0
 _THINNED_BYTES = 8 << 20  # the approximate size of a thinned journal
 _STATES: dict[str, State] = {"RUNNING": "running", "FINISHED": "finished", "FAILED": "failed"}
-_SUITE_ARTIFACTS = (REPORT, REPORT_DATA)  # of a suite's MLflow run, which users may delete
+_SUITE_ARTIFACTS = (REPORT, REPORT_DATA)  # of a suite's MLflow run; users may delete this run
 _SUMMARY = "summary/"  # prefix of the metrics with the numbers of a summary
-_PAGE_SIZE = 200  # runs per response: few enough for a busy server's timeout
+_PAGE_SIZE = 200  # runs per response, so that a busy server answers in time
 T_ = TypeVar("T_")
 
 
@@ -262,7 +262,7 @@ def _tags(stored: StoredRun, prefix: str) -> dict[str, str]:
 
 
 def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
-    """Group runs by study, the most recently active study first."""
+    """Group runs by experiment and study, the most recently active study first."""
     groups: dict[tuple[str, str], list[StoredRun]] = {}
     for run in runs:
         groups.setdefault((run.experiment, run.study), []).append(run)

@@ -282,8 +282,8 @@ def read_study(
         reported: the result of the suite's own report if it has already run; None: run it now.
 
     Raises:
-        ValueError: a name is unknown, no run has finished, all runs are trials, a file is damaged,
-            `against` or `within` is set for a suite with its own report, or this report fails.
+        ValueError: a name is unknown, there are no names and no finished run, all runs are trials,
+            a file is damaged, a suite's own report fails, or `against` or `within` is set for it.
     """
     given_sweeps = [sweep_of(read_json(path), str(path)) for path in sweeps]
     runs_dir, suite = locate(runs_dir, names)

@@ -60,7 +60,7 @@ class HLOP(Rule):
 
         dL/dW <- dL/dW - (dL/dW H^T) H      from the second task on; H: the synapse's frozen rows
 
-    H spans the inputs of the synapse in old tasks, so the synapse's outputs for them do not change.
+    H spans the inputs of the synapse in old tasks, so the outputs for these inputs do not change.
     Hebbian lateral neurons (`spiking/subspace.py`) learn H from the inputs of every batch, once per
     global batch. The inputs of a convolution are its patches, and its weight is a matrix
     `[out, C k k]`.

@@ -61,7 +61,8 @@ class OPZO(Rule):
 
     M estimates the transposed mean Jacobian E[do/ds]^T from the noise. With task-specific heads M
     is reset at the start of each later task. No gradient passes to the layer below. The output
-    layer uses e itself. Neurons, traces and losses are those of OTTT.
+    layer uses e itself. Neurons, traces and losses are those of OTTT. psi is the derivative of the
+    surrogate.
 
     Args:
         feedback: "momentum" is OPZO. "random": M is drawn once, with independent entries of

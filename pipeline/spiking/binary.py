@@ -28,7 +28,7 @@ computation takes 14 ms ("scaled") to 48 ms ("ir"). The synapse itself takes 222
 196 tokens, forward and backward (one core, torch 2.13). For the backward, "scaled" and "learnable"
 keep no tensor of W's size except the parameter. "centred" keeps V, and "ir" keeps V and W - mean W.
 
-An export can store only the signs if a batch norm is the only consumer of the synapse's output
+An export needs only the signs if a batch norm is the only consumer of the synapse's output
 (`following_norms`). `fold` moves the scale a > 0 into this batch norm, in evaluation mode:
 
     gain (a z + bias - mean) / sqrt(var + eps) + shift
@@ -72,8 +72,8 @@ MIN_SCALE = 1e-5
 def binarize(synapse: Linear | Conv2d, weights: Binarization = "scaled") -> None:
     """Give a plain synapse 1-bit weights. Its current weight becomes the latent weight.
 
-    Standardised weights are refused: they replace batch norm by their mean 0 and variance
-    1 / fan_in per filter, which their signs do not have.
+    Standardised weights are refused. Their mean 0 and variance 1 / fan_in per filter replace batch
+    norm, but their signs have another mean and variance.
 
     Raises: ValueError for an unknown `weights`, a module that is not a synapse, a synapse whose
     weights are not plain, or a fan-in of 1 with "centred" or "ir".
