@@ -54,9 +54,9 @@ MAX_BYTES = 64 << 20  # larger artifacts are not read whole
 LOCK_TIMEOUT_S = 2.0
 _THINNED_BYTES = 8 << 20  # the approximate size of a thinned journal
 _STATES: dict[str, State] = {"RUNNING": "running", "FINISHED": "finished", "FAILED": "failed"}
-_SUITE_ARTIFACTS = (REPORT, REPORT_DATA)  # of a suite's MLflow run, which users may delete
+_SUITE_ARTIFACTS = (REPORT, REPORT_DATA)  # of a suite's MLflow run; users may delete this run
 _SUMMARY = "summary/"  # prefix of the metrics with the numbers of a summary
-_PAGE_SIZE = 200  # runs per response: few enough for a busy server's timeout
+_PAGE_SIZE = 200  # runs per response, so that a busy server answers in time
 T_ = TypeVar("T_")
 
 
@@ -144,7 +144,7 @@ class Store(ABC):
 
     @abstractmethod
     def runs(self, study: str | None) -> list[StoredRun]:
-        """The spiketrain runs of a study key, newest start first; all runs if it is None."""
+        """The spiketrain runs of a study key, newest start first; all runs if `study` is None."""
 
     @abstractmethod
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
@@ -158,7 +158,7 @@ class Store(ABC):
         return self.runs(None)
 
     def text(self, run_id: str, name: str) -> str | None:
-        """The text of an artifact; None if the run (also a suite's) does not have it.
+        """The text of an artifact of a run or of a suite's MLflow run; None without the artifact.
 
         Raises:
             StoreError: `name` is not one of `ARTIFACTS`, or the store cannot be read.
@@ -170,6 +170,8 @@ class Store(ABC):
 
     def journal(self, run_id: str) -> SentJournal:
         """A run's journal, thinned if it is long (ImageNet journals have about 100 MB).
+
+        Without a journal, the result has no events.
 
         Raises:
             ArtifactError: the journal cannot be read.
@@ -212,10 +214,10 @@ def results(source: str | os.PathLike[str] = "runs") -> "pd.DataFrame":
         frame = pipeline.results("runs/")
         frame[frame.state == "finished"].groupby(["study", "rule"])["top1"].agg(["mean", "std"])
 
-    Units are bytes, seconds and joules; shares are in 0..1. NaN: not measured.
-    `pipeline.report.metrics.METRICS` lists them. The columns `recipe` and `summary` contain the
-    JSON objects of the files. From a store, `recipe` has only the protocol, and `summary` only
-    numbers and the fields of tags.
+    `pipeline.report.metrics.METRICS` lists the quantities. Units are bytes, seconds and joules;
+    shares are in 0..1. NaN: not measured. The columns `recipe` and `summary` contain the objects in
+    recipe.json and summary.json; `summary` is None for an unfinished run. From a store, `recipe`
+    has only the protocol, and `summary` only numbers and the values of some tags.
 
     Args:
         source: a folder of runs, the SQLite file of an MLflow store or its URI, or the address of
@@ -260,7 +262,7 @@ def _tags(stored: StoredRun, prefix: str) -> dict[str, str]:
 
 
 def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
-    """Group runs by study, the most recently active study first."""
+    """Group runs by experiment and study, the most recently active study first."""
     groups: dict[tuple[str, str], list[StoredRun]] = {}
     for run in runs:
         groups.setdefault((run.experiment, run.study), []).append(run)
@@ -318,7 +320,8 @@ def _read_journal(file: Path) -> SentJournal:
 
 # ------------------------------------------------------------------------------------------ SQLite
 
-# The spiketrain runs of experiments that are not deleted; schema as of MLflow 3.17.2.
+# The spiketrain runs that are not deleted, in experiments that are not deleted. The schema is that
+# of MLflow 3.17.2.
 _RUNS = f"""
     select r.run_uuid, r.name, e.name, r.status, r.start_time,
         coalesce(r.end_time, r.start_time), json_group_object(t.key, t.value)

@@ -94,8 +94,9 @@ class Difference:
     def verdict(self, within: float) -> Literal["holds", "fails", "is undecided"]:
         """Compare the interval with the tolerated loss of `within` points.
 
-        The verdict is "holds" if the whole interval is within the tolerance. It is "fails" if no
-        part of it is, or if the rule diverged in a seed.
+        The verdict is "fails" if the rule diverged in a seed, or if no part of the interval is
+        within the tolerance. Otherwise it is "holds" if the whole interval is within the tolerance,
+        and "is undecided" if only a part is.
         """
         if self.diverged:
             return "fails"
@@ -160,7 +161,7 @@ class Group:
 
     @property
     def undivided(self) -> str:
-        """The reason why the group has no ratios; empty if there is a baseline."""
+        """The reason why the group has no ratios; empty if a run of the baseline has finished."""
         if self.has_baseline:
             return ""
         return self.several_baselines or f"no run of {self.against} in this group has finished"
@@ -243,13 +244,17 @@ class Group:
         return spread_of(list(self.paired(rule, name).values()))
 
     def base_of(self, name: str) -> str:
-        """The rule that a quantity is divided by: for time and speed, the faster BPTT."""
+        """The rule that a quantity is divided by: the faster BPTT for time and speed, else the
+        baseline.
+        """
         return self.fastest_baseline if name in _TIME_METRICS else self.against
 
     @cached_property
     def fastest_baseline(self) -> str:
-        """The faster of BPTT folded over time and in slices of time, over their common seeds.
-        Without a common seed, each mean is over its own seeds.
+        """The fastest form of the baseline: BPTT folded over time, or BPTT in slices of time.
+
+        The mean times are over the common seeds. Without a common seed, each form's mean is over
+        all seeds of the form.
         """
         times = {
             rule: seconds
@@ -355,7 +360,7 @@ def _notes(group: Group) -> Iterator[str]:
         if problem := _divergence(run):
             lr, clip_norm = (recipe_value(run.recipe, key) for key in ("optimizer.lr", "clip_norm"))
             yield (
-                f"{run.name} ({run.rule}) {problem}: its values do not compare rules;"
+                f"{run.name} ({run.rule}) {problem}: a comparison of rules must not use its values;"
                 f" {remedy(lr, clip_norm)} for every rule, and train again"
             )
     commits = sorted({commit for run in group.finished for commit in run.commits})

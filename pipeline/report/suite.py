@@ -2,8 +2,8 @@
 
 `print_suite` prints a suite's own report once all runs are done. For a suite without its own
 report, it prints the comparisons so far. `print_protocols` is the report of a search. `read_study`
-reads the study of `spiketrain report`. A study excludes the trials of a search: they differ in the
-tried value, and their accuracy is that of a part of the training set.
+reads the study of `spiketrain report`. A study excludes the trials of a search: the trials differ
+in the tried value, and their accuracy is measured on a part of the training set.
 """
 
 import io
@@ -60,10 +60,11 @@ class Reported(NamedTuple):
 
 
 def own_report(suite: str, report: Report, done: Mapping[str, Path], console: Console) -> Reported:
-    """Run a suite's own report on its finished and diverged runs.
+    """Run a suite's own report on its finished and diverged runs and its measurements.
 
     Raises:
-        ValueError: the report refused the runs, or it failed; then the message names the line.
+        ValueError: the report refused the runs, or it failed. The message of a failure names the
+            line.
     """
     console.record = True
     try:
@@ -93,8 +94,8 @@ def print_suite(
         trust: the user's own packages that the suite's report and recipes may be imported from.
         against, within: as in `comparisons`; a suite's own report takes neither.
         format: "table" prints the suite's own report or, without one, comparisons; "json" prints
-            their values; "csv" prints one line per finished run, except trials. For json and csv,
-            unfinished runs are listed on stderr.
+            the value that the report returns, or the comparisons as JSON; "csv" prints one line per
+            finished run, except trials. For json and csv, unfinished runs are listed on stderr.
 
     Returns:
         The result of the suite's own report if it was printed as a table; otherwise None.
@@ -116,7 +117,7 @@ def print_suite(
     progress = f"{len(done)} of {len(done) + len(left)}"
     if format == "json" and report is not None:
         if left:
-            raise ValueError(f"compare: {folder.name} must have finished; got {progress} runs")
+            raise ValueError(f"compare: {folder.name} must have finished; got {progress} done")
         _print_json(folder.name, report, done, console)
         return None
     if report is not None and not left:
@@ -281,8 +282,8 @@ def read_study(
         reported: the result of the suite's own report if it has already run; None: run it now.
 
     Raises:
-        ValueError: a name is unknown, a file is damaged, all runs are trials, a suite's own report
-            fails, or `against` or `within` is set for a suite with its own report.
+        ValueError: a name is unknown, there are no names and no finished run, all runs are trials,
+            a file is damaged, a suite's own report fails, or `against` or `within` is set for it.
     """
     given_sweeps = [sweep_of(read_json(path), str(path)) for path in sweeps]
     runs_dir, suite = locate(runs_dir, names)
@@ -338,7 +339,7 @@ def _without_trials(members: Sequence[Run], names: Sequence[str]) -> tuple[list[
 def _with_baselines(
     all_runs: Sequence[Run], runs: Sequence[Run], against: str
 ) -> tuple[list[Run], list[str]]:
-    """The runs, with baselines added to each study and machine; and notes on missing baselines."""
+    """The runs with added baselines for each study and machine, and notes on missing baselines."""
     added, notes = [], []
     for group in comparable(runs):
         if finished := [run for run in group if run.is_finished]:
@@ -351,11 +352,13 @@ def _with_baselines(
 def _own_report(
     suite: Path, trust: tuple[str, ...], reported: Reported | None, *, judged: tuple[str, float]
 ) -> tuple[SuiteResult, str, list[str]]:
-    """The result and the text of the suite's report, or a note that some runs have not finished.
+    """The result and the text of the suite's report, or a note that the suite has not finished.
+
+    For a suite without its own report, all three are empty. A report that fails raises an error,
+    because a page without claims must not replace an earlier page.
 
     Raises:
-        ReportError: `judged` (the baseline and the tolerance) is set; or the report fails, because
-            a page without claims must not replace an earlier page.
+        ReportError: `judged` (the baseline and the tolerance) is set, or the report fails.
     """
     if not has_report(suite):
         return SuiteResult(), "", []
@@ -370,8 +373,8 @@ def _own_report(
             SuiteResult(),
             "",
             [
-                "The suite's own report and its claims follow when all runs have finished:"
-                f" {len(done)} of {len(entries)} have."
+                "The suite's own report and its claims follow when all runs and measurements have"
+                f" finished: {len(done)} of {len(entries)} have."
             ],
         )
     try:

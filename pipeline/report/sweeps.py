@@ -14,10 +14,10 @@ from pipeline.report.results import ReportError
 
 LARGEST_SAID = (
     "The table shows the largest batch that fits, with the speed of its forward and backward. The "
-    f"ratio divides this speed by that of the faster {BASELINE} at its own largest batch, so the "
-    "ratio shows the speed that saved memory brings on the same card or machine. A batch with a "
-    "speed was trained. A batch without a speed is estimated from two batches, with a part of the "
-    "memory left free. 0 means that one sample does not fit."
+    f"ratio divides this speed by that of the faster {BASELINE} at its own largest batch on the "
+    "same card or machine. So the ratio includes the speed that saved memory brings. A batch with "
+    "a speed was trained. A batch without a speed is estimated from two batches, with a part of "
+    "the memory left free. 0 means that one sample does not fit."
 )
 
 
@@ -27,7 +27,7 @@ class Point(NamedTuple):
     rule: str
     time_steps: int
     saved: float  # bytes
-    kept: float | None  # saved bytes with states; None if the sweep lacks them
+    kept: float | None  # saved bytes plus states; None if the sweep has no states
     seconds: float  # time of forward and backward
     batch: int | None  # the rule's own largest batch; None if it was not searched
     images_per_s: float | None  # of forward and backward at `batch`; None if it was not trained

@@ -9,7 +9,8 @@
                                                                     # before the optimizer step
 
 A rule changes the model by setting seams: attributes of neurons, synapses and other modules
-(`spiking/state.py`). It does not use the process group, and does not see the labels.
+(`spiking/state.py`). A rule uses the process group only through `World.mean`, and does not see the
+labels.
 """
 
 # T time, B batch, K classes
@@ -47,12 +48,13 @@ class World:
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One part of a batch's loss.
+    """One part of a micro-batch's loss.
 
     All terms of one call of `loss_terms` belong together. The sum of their `loss` is the loss of
-    the batch, and the sum of their `logits` `[B, K]` is the mean of the logits over time. Both are
-    detached. `backward` is the scalar to differentiate, or None for a term without a gradient. The
-    sum of the gradients of all terms is the gradient of the loss, or the rule's estimate of it.
+    the micro-batch, and the sum of their `logits` `[B, K]` is the mean of the logits over time.
+    `loss` and `logits` are detached. `backward` is the scalar to differentiate, or None for a term
+    without a gradient. The sum of the gradients of all terms is the gradient of the loss, or the
+    rule's estimate of this gradient.
     """
 
     backward: Tensor | None
@@ -110,7 +112,7 @@ class Rule(nn.Module):
     def attach(
         self, model: nn.Module, *, world: World = World(), over_time: OverTime = "steps"
     ) -> None:
-        """Attach the rule to `model` and set its seams. The keys of `state_dict` do not change.
+        """Attach the rule to `model` and set the model's seams. `state_dict` keeps its keys.
 
         Raises: ValueError for an unknown `over_time`, if the rule or the model is already attached,
         or if the rule cannot train this model or this loss.
@@ -190,7 +192,7 @@ class Rule(nn.Module):
         """
 
     def start_task(self, model: nn.Module, task: int) -> None:
-        """Called at the start of task `task` (from 0) of a recipe with several tasks."""
+        """Called at the start of task `task` (from 0). A recipe without phases has one task."""
 
     def begin_batch(self) -> None:
         """Called before the first micro-batch of a global batch.
@@ -221,7 +223,7 @@ class Rule(nn.Module):
         return 0
 
     def is_unsolved(self) -> bool:
-        """Whether the rule found no gradient for the current global batch, but NaN."""
+        """Whether the gradient of the current global batch is NaN because a solver failed."""
         return False
 
     def release(self) -> None:
@@ -250,7 +252,8 @@ class Rule(nn.Module):
         The caller must differentiate each term before it requests the next term.
 
         `model` is the attached model or a wrapper around it. `loss_fn(logits_BK)` returns the mean
-        loss over the samples; under `over_time="steps"` it is called once per step, in time order.
+        loss over the samples; under `over_time="steps"` it is called once per step, in time order
+        (more often if `one_loss_per_step` is False).
         `step` is the index of the global batch (None: the last index plus 1). `rows` are the
         indices of the samples in the global batch (None: 0..B-1).
 
@@ -316,8 +319,9 @@ def slice_loss(logits_TBK: Tensor, loss_fn: LossFn, *, steps: int) -> tuple[Tens
 def slices(x_TB: Tensor, chunk: int | None) -> Iterator[Tensor]:
     """The input in slices of `chunk` time steps (None: all), for rules with a backward per slice.
 
-    Each slice has its own storage. The first synapse keeps its input for the backward, and a view
-    would keep all T steps in memory. The slices of a static input share one frame and are static.
+    The slices of a static input are static, and share one frame. Any other slice has its own
+    storage: the first synapse keeps its input for the backward, and a view would keep all T steps
+    in memory.
     """
     size = chunk or len(x_TB)
     if is_static(x_TB):

@@ -40,7 +40,8 @@ class DSR(Rule):
 
     Args:
         calibrate: the number of training batches that set all thresholds before the first step. The
-            height is the 99.9th percentile of max(0, gain I) over samples and units, or its bound.
+            height is the 99.9th percentile of max(0, gain I) over samples and units, but at least
+            bound / dt.
         calibrate_on: "spikes" calibrates layer by layer, with the spikes of the calibrated layers
             below and batch statistics in batch norm. "activations", as published, replaces each
             neuron by max(0, gain I), with running statistics in batch norm. Then the input is the
@@ -57,8 +58,8 @@ class DSR(Rule):
     It distributes G evenly over time, so a weight's gradient uses the plain mean of its inputs. The
     gradients of all layers are larger than with "rates" by one factor, T sum_t w[t]^2, which is
     1.02 to 1.5 for T dt / tau of 0.5 to 2.5. In addition, gain' is larger than gain in each layer
-    (by 1.025 at dt = 0.05 tau). The published accuracies of LIF used this backward. For IF both are
-    equal.
+    (by a factor of 1.025 at dt = 0.05 tau). The published accuracies of LIF were reached with this
+    backward. For IF both backwards are equal.
 
     Raises:
         ValueError: in `__init__`, a negative `calibrate`, an unknown choice, or "activations" with

@@ -51,7 +51,7 @@ INHERITED = (
     "chunk",
 )
 
-# Purposes of random draws, which are a part of their keys.
+# Purposes of random draws. The key of a draw contains its purpose.
 _ROWS, _FEEDBACK = 0x484C4F50, 0x46414C47
 
 
@@ -60,7 +60,7 @@ class HLOP(Rule):
 
         dL/dW <- dL/dW - (dL/dW H^T) H      from the second task on; H: the synapse's frozen rows
 
-    H spans the inputs of the synapse in old tasks, so the synapse's outputs for them do not change.
+    H spans the inputs of the synapse in old tasks, so the outputs for these inputs do not change.
     Hebbian lateral neurons (`spiking/subspace.py`) learn H from the inputs of every batch, once per
     global batch. The inputs of a convolution are its patches, and its weight is a matrix
     `[out, C k k]`.
@@ -103,11 +103,12 @@ class HLOP(Rule):
     gradient of each backward call is projected separately.
 
     Raises: ValueError for arguments out of range (`__init__`); for a synapse or parameter that
-    cannot be projected, batch norm of torch, rows or learning rates that do not fit the synapses,
-    or "traces" or "rates" that the inner rule or model does not have (`attach`); for an optimizer
-    other than SGD without weight decay (`check_optimizer`); for slices of time under "rates"
-    (`check_steps`); for fewer than two tasks, or too many rows of all tasks (`check_tasks`); for a
-    task out of order (`start_task`); and for all that the inner rule refuses.
+    cannot be projected, a norm that mixes time steps, rows or learning rates that do not fit the
+    synapses, or "traces" or "rates" that the inner rule or model does not have (`attach`); for an
+    optimizer other than SGD without weight decay (`check_optimizer`); for slices of time under
+    "rates" (`check_steps`); for fewer than two tasks, or too many rows of all tasks
+    (`check_tasks`); for a task out of order (`start_task`); and for all that the inner rule
+    refuses.
     Source: Xiao et al. 2024 (arXiv 2402.11984), sections 4.1-4.3.
     """
 
@@ -364,7 +365,8 @@ class HLOP(Rule):
     def end_of_batch(self) -> None:
         """Update the rows from the inputs of all micro-batches and ranks.
 
-        It makes one collective call for each synapse that ran (three with spiking lateral neurons).
+        It makes the collective calls of the inner rule, and one for each synapse that ran (three
+        with spiking lateral neurons).
         """
         self.inner.end_of_batch()
         for recorder, rate in zip(self._recorders, cycle(self.learning_rates), strict=False):
@@ -484,7 +486,7 @@ class HLOP(Rule):
         return synapses
 
     def _check_rows(self, synapses: Mapping[str, Linear | Conv2d], *, tasks: int) -> None:
-        """Check that `rows` has a number for each synapse, and that a synapse has enough inputs.
+        """Check that `rows` has a number for each synapse, and not more rows than inputs.
 
         Raises: ValueError if not.
         """

@@ -60,8 +60,9 @@ class OPZO(Rule):
                                         after each global batch, over its samples and steps
 
     M estimates the transposed mean Jacobian E[do/ds]^T from the noise. With task-specific heads M
-    is reset at each new head. No gradient passes to the layer below. The output layer uses e
-    itself. Neurons, traces and losses are those of OTTT.
+    is reset at the start of each later task. No gradient passes to the layer below. The output
+    layer uses e itself. Neurons, traces and losses are those of OTTT. psi is the derivative of the
+    surrogate.
 
     Args:
         feedback: "momentum" is OPZO. "random": M is drawn once, with independent entries of
@@ -78,8 +79,9 @@ class OPZO(Rule):
             readout, a `Readout` of the model (`models/transforms.py`). The weights of the readout
             learn only from this loss.
         intermediate: IGL. The indices of hidden layers (from 0) with a readout that sends its error
-            to all layers below. For a layer below, M has K columns for each of these readouts and K
-            for the output. The hidden layer itself also learns from the loss of its readout.
+            to all layers below. M of a layer has K columns for each of these readouts above the
+            layer, and K for the output. The hidden layer itself also learns from the loss of its
+            readout.
         decay: the decay of the traces, which must be the decay of all neurons; None: taken from the
             model.
 

@@ -37,17 +37,18 @@ class OTTT(Rule):
         grad W = 1/T sum_t g[t] a[t]^T,   g[t] = dL[t]/du[t] within step t
 
     x[t] is the synapse's input, and u[t] is the membrane before the reset in the next neurons
-    (`spiking/neuron.py`). If the reset subtracts a constant, du[t]/dW = a[t]. So the last synapse
-    before a LIF gets exactly the gradient of BPTT. The gradient of other synapses is the product of
-    three factors: trace, surrogate derivative and backpropagated error. Biases have no trace.
+    (`spiking/neuron.py`). If the reset subtracts and is detached, du[t]/dW = a[t]. So the last
+    synapse before a LIF gets exactly the gradient of BPTT. The gradient of other synapses is the
+    product of three factors: trace, surrogate derivative and backpropagated error. Biases have no
+    trace.
 
     Args:
         decay: the decay of the traces, which must be the decay of all neurons; None: taken from the
             model.
         update: "batch" is OTTT-A. "step" is OTTT-O, which updates the weights at every time step.
         first: with "plain", the first synapse has no trace, as published. Its input is the data.
-        readout: with "plain", the last synapse has no trace. No neuron follows it, so this is the
-            gradient of BPTT. (Published: traced in VGG, plain in NF-ResNet.)
+        readout: with "plain", the last synapse has no trace. No neuron follows this synapse, so
+            its gradient is that of BPTT. (Published: traced in VGG, plain in NF-ResNet.)
         chunk: the number of time steps per forward and backward. A larger chunk needs more memory
             and is faster on most devices. The gradient is the same.
 

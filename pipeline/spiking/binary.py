@@ -22,13 +22,13 @@ network with full precision. torch.nn.utils.parametrize was not used because it 
 parameter, replaces the synapse's class and cannot be pickled (torch 2.13). The seams of a synapse
 (`synapse.py`) use W_b like any other weight.
 
-W_b is computed once per batch (`slice_cache.py`), or at each slice if the rule updates W between
-slices. At 768 to 3072 channels this takes 14 ms ("scaled") to 48 ms ("ir"). The synapse itself
-takes 222 ms for 8 images of 196 tokens, forward and backward (one core, torch 2.13). For the
-backward, "scaled" and "learnable" keep no tensor of W's size except the parameter. "centred" keeps
-V, and "ir" keeps V and W - mean W.
+W_b is computed once per batch (`slice_cache.py`), or in each forward of the synapse under a rule
+without this cache (OPZO; OTTT with an update at every step). At 768 to 3072 channels the
+computation takes 14 ms ("scaled") to 48 ms ("ir"). The synapse itself takes 222 ms for 8 images of
+196 tokens, forward and backward (one core, torch 2.13). For the backward, "scaled" and "learnable"
+keep no tensor of W's size except the parameter. "centred" keeps V, and "ir" keeps V and W - mean W.
 
-An export can store only the signs if a batch norm is the only consumer of the synapse's output
+An export needs only the signs if a batch norm is the only consumer of the synapse's output
 (`following_norms`). `fold` moves the scale a > 0 into this batch norm, in evaluation mode:
 
     gain (a z + bias - mean) / sqrt(var + eps) + shift
@@ -72,8 +72,8 @@ MIN_SCALE = 1e-5
 def binarize(synapse: Linear | Conv2d, weights: Binarization = "scaled") -> None:
     """Give a plain synapse 1-bit weights. Its current weight becomes the latent weight.
 
-    Standardised weights are refused: they replace batch norm by their mean 0 and variance
-    1 / fan_in per filter, which their signs do not have.
+    Standardised weights are refused. Their mean 0 and variance 1 / fan_in per filter replace batch
+    norm, but their signs have another mean and variance.
 
     Raises: ValueError for an unknown `weights`, a module that is not a synapse, a synapse whose
     weights are not plain, or a fan-in of 1 with "centred" or "ir".
@@ -265,7 +265,7 @@ class _Consumers(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        # It keeps the tensors alive, so that no other tensor gets the id of an output.
+        # The dictionary keeps the tensors alive, so that no other tensor gets the id of an output.
         self.outputs: dict[int, tuple[str, Tensor]] = {}
         self.running_norm: str | None = None
         self.uses: set[tuple[str | None, str | None]] = set()

@@ -1,4 +1,4 @@
-"""Dropout with one mask for all time steps, of single units or of residual branches."""
+"""Dropout of single units or of residual branches, with one mask for all time steps."""
 
 # T time, B batch
 

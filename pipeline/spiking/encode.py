@@ -34,7 +34,7 @@ def repeat(x_B: Tensor, steps: int) -> Tensor:
 
 
 def is_static(x_TB: Tensor) -> bool:
-    """Whether all time steps are one frame in memory, as in the result of `repeat`.
+    """Whether all time steps are one frame in memory, as in the result of `repeat` for T > 1.
 
     Slices along T are static too. Equal frames in separate memory are not static. For a static
     input, the stateless layers of `pipeline.spiking` compute one step and return a static view.

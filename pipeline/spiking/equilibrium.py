@@ -49,9 +49,9 @@ class Equilibrium(nn.Module):
     last layer to the first, is linear. `neurons` are N LIFs that share one decay and reset by
     subtraction.
 
-    The output at step t is t a[t] - (t-1) a[t-1]. For IF this is the spikes. The mean of the
-    outputs over time is the rate a[T], also if the T steps come in slices. So the mean over T of an
-    affine readout is the readout of a[T].
+    The output at step t is t a[t] - (t-1) a[t-1]. For IF the output is the last layer's spikes.
+    The mean of the outputs over time is the rate a[T], also if the T steps come in slices. So the
+    mean over T of an affine readout is the readout of a[T].
 
     Without a rule this is a recurrent network that trains by BPTT. A rule can set two seams
     (attributes). `carry(v) -> v` is applied to the values that pass from one time step to the next.

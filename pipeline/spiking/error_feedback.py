@@ -186,8 +186,8 @@ class FixedRandom(ErrorFeedback):
     """DFA: a fixed random matrix B per layer.
 
     `key_of(layer)` is the 64-bit key of the layer's matrix. It is equal on all ranks, so all ranks
-    draw the same matrix. With the variance 1/K, the signal of a unit has the root mean square of
-    the K errors.
+    draw the same matrix. With the variance 1/K, the standard deviation of a unit's signal is the
+    root mean square of the K errors.
     """
 
     def __init__(self) -> None:

@@ -451,7 +451,7 @@ def write_suite(folder: Path, run: str, recipe: dict[str, Any], report: str | No
         ),
         (
             "compare whole --trust lab_suite --format json",
-            "compare: whole must have finished; got 0 of 1 runs",
+            "compare: whole must have finished; got 0 of 1 done",
         ),
         (
             "compare whole --trust lab_suite --against SLTT",

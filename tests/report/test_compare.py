@@ -394,7 +394,7 @@ def test_what_diverged_has_its_row_and_divides_nothing(make_run: Callable, runs_
     text = text_of(comparison, width=NO_WIDTH)
     assert re.search(r"SLTT \(1 of 2 runs, 1 diverged\) +80.00% +×0.89 ", text)
     assert re.search(r"SLTT-1 +diverged +- +- +-\n", text) and "resume" not in text
-    why = "sltt-k1 (SLTT-1) diverged: its values do not compare rules; lower "
+    why = "sltt-k1 (SLTT-1) diverged: a comparison of rules must not use its values; lower "
     assert re.search(f"{re.escape(why)}.* for every rule, and train again", text)
     value = comparison.to_json()
     assert (names_of(comparison), value["differences"]) == (["bptt", "sltt-0"], [])

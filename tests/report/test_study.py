@@ -283,8 +283,8 @@ def test_what_the_reader_of_means_must_know(more: tuple[Run, ...], notes: tuple[
 def test_a_run_that_diverged_compares_no_rules(changes: dict[str, Any], how: str):
     notes = study(run("OTTT-A", name="mine", **changes)).groups[0].notes
     told = (
-        f"mine (OTTT-A) {how}: its values do not compare rules; lower optimizer.lr (0.1) or"
-        " set clip_norm=1.0 for every rule, and train again"
+        f"mine (OTTT-A) {how}: a comparison of rules must not use its values; lower"
+        " optimizer.lr (0.1) or set clip_norm=1.0 for every rule, and train again"
     )
     assert [note for note in notes if "mine" in note] == [told] * bool(how)
 

@@ -109,7 +109,10 @@ def test_a_suite(make_run: Callable, runs_dir: Path):
     assert ([run.name for run in study.runs], study.title) == (["bptt"], "suite")
     assert (out, folders) == (folder / "report.html", (runs_dir / "bptt",))
     name_report(folder, OWN_REPORT)
-    assert "when all runs have finished: 1 of 2 have" in read_study(runs_dir, ["suite"])[0].notes[0]
+    assert (
+        "when all runs and measurements have finished: 1 of 2 have"
+        in read_study(runs_dir, ["suite"])[0].notes[0]
+    )
     said = "report: --against and --within must not be set, because suite has its own report"
     for about in ({"within": 2.0}, {"against": "SLTT"}):
         with pytest.raises(ReportError, match=said):
