@@ -48,10 +48,12 @@ def pytest_configure(config: pytest.Config) -> None:
             os.environ[name] = value
 
 
-def pytest_collection_finish() -> None:
-    """Spare the garbage collector what stays until the end: modules and tests, a million objects.
+@pytest.fixture(scope="module", autouse=True)
+def _imported_objects_are_frozen() -> None:
+    """Spare the garbage collector what stays until the end: a million objects of modules.
 
-    It took 8 % of the time of tests/track and of those of two rules.
+    Without it, collections took a fifth of the time of tests/launch and tests/measure: each test
+    file imports more, and a full collection took 0.3 s in the end.
     """
     gc.collect()
     gc.freeze()
