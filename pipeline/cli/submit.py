@@ -35,7 +35,8 @@ Where = Annotated[
 ]
 DryRun = Annotated[bool, _option("--dry-run", help="print the job, and do not submit it")]
 Image = Annotated[
-    str, _option("--image", help="k8s, required; slurm, optional: the container image that trains")
+    str,
+    _option("--image", help="k8s, required: the container image that trains; optional for slurm"),
 ]
 Infra = Annotated[
     Path | None,
@@ -43,8 +44,8 @@ Infra = Annotated[
         "--infra",
         metavar="DIR",
         help=(
-            "k8s, required: a kustomize folder, such as infra/k8s/overlays/SIZE/job; slurm: a"
-            " folder with a train.sbatch, default: infra/slurm"
+            "k8s, required: a kustomize folder, such as infra/k8s/overlays/SIZE/job; for slurm,"
+            " a folder with a train.sbatch (default infra/slurm)"
         ),
     ),
 ]
@@ -95,7 +96,7 @@ def submit_to_cluster(
         scheduler in ("k8s", "slurm") or scheduler.startswith("ray://"),
         f"launch: --cluster must be k8s, slurm or ray://HOST:PORT; got {scheduler}",
     )
-    # infra/ sets the node loss of its clusters.
+    # The files in infra/ set --node-loss, so the user must not set it.
     unsupported = {"k8s": (*_SLURM_OPTIONS, "node_loss"), "slurm": ("node_loss",)}
     _refuse(
         f"--cluster {scheduler} does not accept",

@@ -3,8 +3,8 @@
 Reserved cores keep runs of one machine from competing for the same cores. A worker reserves a
 physical core with all of its logical cores, because SMT siblings share arithmetic units. It
 reserves the core by locking a file with the core's name. The kernel releases the lock when the
-worker dies. All runs of one user on a machine with the same TMPDIR use the same files. Runs with
-other files, runs that reserve no cores, and other programs may still use these cores.
+worker dies. By default, the files are in a folder of the user in TMPDIR. Runs with other files,
+runs that reserve no cores, and other programs may still use these cores.
 """
 
 import fcntl
@@ -48,9 +48,9 @@ def reserve_cores(
     while (reserved := _lock_cores(available, count, folder)) is None:
         if time.monotonic() > deadline:
             raise UserError(
-                f"cores: a worker needs {count} unreserved cores, but fewer of the"
-                f" {len(available)} that this process may use are unreserved; --side-by-side 1"
-                " reserves no cores"
+                f"cores: a worker needs {count} unreserved cores; this process may use"
+                f" {len(available)} cores, and fewer than {count} of them are unreserved;"
+                " --side-by-side 1 reserves no cores"
             )
         time.sleep(0.2)
     cores, locks = reserved

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# The numbers of the draws. A new use takes new numbers. Existing numbers never change.
-# Some numbers are in the modules that use them:
+# The numbers of the draws. A new use takes new numbers. Existing numbers never change. Two pairs of
+# uses share numbers, because no data set has both: moving shapes and saccades; ORDER and the images
+# that are stored as JPEG. Some numbers are in the modules that use them:
 #     0                            data/write/images.py, the images that mode "mixed" stores as JPEG
 #     64 to 68                     data/datasets/synthetic.py
 #     80                           data/datasets/tasks.py

@@ -122,8 +122,8 @@ class Mixing:
         lam_B = np.where(is_mixed_B, lam_B, 1.0)
         if not is_cutmix_B.any():
             return lam_B, None
-        # Boxes around a random pixel, clipped at the image's border. They have the image's aspect
-        # ratio and the share 1 - lam of its area.
+        # Each box has a random centre, the image's aspect ratio and the share 1 - lam of its area.
+        # It is then clipped at the image's border, and lam becomes the share outside of it.
         edges = []
         for bits_B, length in ((draw(MIX_Y), height), (draw(MIX_X), width)):
             middle_B = below(bits_B, length)

@@ -19,6 +19,7 @@ from pipeline.core.run_folder import RunFolder
 from pipeline.train.job import was_stopped
 
 SAVING_SIGNALS = (signal.SIGUSR1, signal.SIGHUP)  # They never stop a run at once.
+AT_ONCE = "a second signal to the suite"  # the text of a request to end a run without saving
 # One request may arrive as several signals: one to the process and one to its group, or one for
 # each thread of a parent that dies (Linux 6). A signal within this time after another is ignored.
 ECHO_S = 0.3
@@ -59,12 +60,12 @@ class StopRequest:
         self._signal_name, self._is_printed = "", False
 
     def on_signal(self, number: signal.Signals) -> None:
-        """Ask the workers to stop. If they were asked before, by a signal or by the suite of the
-        run, end this process, unless the signal is one of SAVING_SIGNALS.
+        """At the first signal, ask the workers to stop. At a later signal, or if the suite of the
+        run has asked to end at once, end this process, unless the signal is one of SAVING_SIGNALS.
 
         The request is not printed here: the main thread may be in the middle of a line.
         """
-        if not self._signal_name and not was_stopped(self._folder):
+        if not self._signal_name and not self._is_to_end_at_once():
             self._signal_name = number.name
             self._write_request()
         elif number not in SAVING_SIGNALS:
@@ -72,6 +73,11 @@ class StopRequest:
                 self._print_line("stopped at once; a resume continues from the last checkpoint")
             finally:
                 os._exit(130)
+
+    def _is_to_end_at_once(self) -> bool:
+        with suppress(OSError):
+            return RunFolder(self._folder).stop_request.read_text() == AT_ONCE
+        return False
 
     def report(self) -> None:
         """Print the request once. If the storage did not take the request, write it again. The

@@ -24,7 +24,7 @@ from pipeline.core.printing import say
 from pipeline.core.run_folder import RunFolder
 from pipeline.launch.cluster import Cluster, CountOrAuto
 from pipeline.launch.driver import Launcher, check_launch
-from pipeline.launch.driver_signals import SAVING_SIGNALS, on_stop_signals
+from pipeline.launch.driver_signals import AT_ONCE, SAVING_SIGNALS, on_stop_signals
 from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.progress import ProgressDisplay
 from pipeline.launch.ray import LaunchError
@@ -252,6 +252,8 @@ class _ChildDriver:
             self._files.stop_request.touch()
         if at_once and not self._is_terminated:
             self._is_terminated = True
+            with suppress(OSError):
+                self._files.stop_request.write_text(AT_ONCE)
             self._process.terminate()
 
     def failure(self) -> Exception | None:

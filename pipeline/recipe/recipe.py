@@ -379,8 +379,8 @@ class Recipe(_Fields):
         for key, value in changes.items():
             require(
                 key.split(".")[0] != "phases",
-                f"recipe: phases must be changed in the recipe file; got {key}: change data, epochs"
-                " or stop_after, which apply to every phase without its own",
+                f"recipe: phases must be changed in the recipe file; got {key}: change data or"
+                " stop_after, or the epochs of the phases without their own",
             )
             require(
                 not isinstance(value, float) or math.isfinite(value),

@@ -1,4 +1,4 @@
-"""The tables of a comparison and of a report."""
+"""The tables, captions and headlines of a comparison and of a report."""
 
 from __future__ import annotations
 
@@ -47,38 +47,39 @@ _SCALING_COLUMNS = (
     "cores",
 )
 MEASURED_CAPTION = (
-    "the energy that the cards used per sample in an evaluation, by their own counters (NVML), "
-    "with idle power and waits for data"
+    "the energy of the cards per sample of an evaluation. It comes from their own counters "
+    "(NVML), and includes idle power and waits for data"
 )
 _STATE_BYTES = (
-    "State bytes are membranes, traces and shared tensors that backward does not save. Shared "
-    "tensors are weights, the first features of a still image, and the accumulated gradient, if "
-    "the slices of a batch share them. A trace that backward saves counts as saved bytes."
+    "State bytes are membranes, traces and shared tensors that backward does not save. The "
+    "slices of a batch share these tensors: weights, the first features of a still image, and "
+    "the accumulated gradient. A trace that backward saves counts as saved bytes."
 )
 HELD_CAPTION = (
-    "Bytes of one worker by kind, without ZeRO. The rule's tensors are those that the rule learns "
-    "or draws, such as OPZO's matrices and HLOP's rows, and the peak size of its records of a "
-    "batch. State bytes are those of the worker with the most. States and records exist only "
-    f"while a batch is trained on; all other bytes stay. {_STATE_BYTES}"
+    "Bytes of one worker by kind, without ZeRO. The rule's tensors are those that the rule "
+    "learns or draws, such as OPZO's matrices and HLOP's rows. They include its records of a "
+    "batch at their peak. State bytes are those of the worker with the most. States and records "
+    f"exist only while a batch is trained on; all other bytes stay. {_STATE_BYTES}"
 )
 COSTS_CAPTION = (
     f"Bytes are those of the worker with the most. {_STATE_BYTES} Joules of training are the "
     "energy of a worker's card over the whole run, averaged over workers. They come from the "
-    "card's own counter (NVML) and include idle power. The measured energy of an "
-    f"inference is {MEASURED_CAPTION}. The other energies of an inference are estimates. "
-    "Multiplications and additions are those of training on one sample, by purpose. They are "
-    f"counted on the third batch of a run and every {OPERATIONS_EVERY}th after it. State bytes are "
-    f"counted on the second batch of each start and every {MEMORY_EVERY}th after it. If one of "
-    "these batches is skipped, the next one is counted. Wall clocks exclude start-up, which ends "
-    "with the first batch of each start, and comparisons with BPTT's gradient, which no rule needs."
+    "card's own counter (NVML) and include idle power. The measured energy of an inference is "
+    f"{MEASURED_CAPTION}. The other energies of an inference are estimates. Multiplications and "
+    "additions are those of training on one sample, by purpose. They are counted on the third "
+    f"batch of a run and every {OPERATIONS_EVERY}th after it. State bytes are counted on the "
+    f"second batch of each start and every {MEMORY_EVERY}th after it. If one of these batches is "
+    "skipped, the next one is counted. Wall clocks exclude start-up and comparisons with BPTT's "
+    "gradient. Start-up ends with the first batch of each start. No rule needs the comparisons."
 )
 SCALING_CAPTION = (
-    "Measured, not estimated: steady images/s of finished runs, as the mean over the runs of one "
-    "rule and number of workers. The global batch is the same for any number of workers. "
-    "Efficiency is the speed-up relative to the fewest workers, divided by the ratio of the "
-    "numbers of workers. The compared runs have one study key and equal machines, and all or none "
-    "had reserved cores. A run with other micro-batches than its recipe sets, for example after "
-    "it ran out of memory, is excluded."
+    "All values are measured, not estimated. Images/s are those of the steady batches of "
+    "finished runs. Each value is the mean over the runs of one rule with one number of workers. "
+    "The global batch is the same for any number of workers. Efficiency is the speed-up relative "
+    "to the fewest workers, divided by the ratio of the numbers of workers. The compared runs "
+    "have one study key and equal machines, and all or none had reserved cores. A run with other "
+    "micro-batches than its recipe sets, for example after it ran out of memory, is excluded. So "
+    "is a run whose starts had different conditions."
 )
 
 
@@ -122,13 +123,16 @@ def columns_of_costs(group: Group) -> list[Metric]:
 
 
 def title(metric: Metric, runs: Iterable[Run]) -> str:
-    """The title of a metric's column; for energy, with the table of energy per operation."""
+    """The title of a metric's column. The title of estimated energy also names its prices."""
     priced = prices(runs) if metric.name == ENERGY else ""
     return f"{metric.title} ({priced})" if priced else metric.title
 
 
 def prices(runs: Iterable[Run]) -> str:
-    """The tables of energy per operation that the estimates use: `45 nm, fp32`, or empty."""
+    """The names of the prices per operation that the estimates use, such as `45 nm, fp32`.
+
+    The text is empty if no run has an estimate.
+    """
     inferences = ((run.summary or {})["inference"] for run in runs if run.value(ENERGY) is not None)
     return "; ".join(
         dict.fromkeys(str(inference.get("prices", UNKNOWN)) for inference in inferences)
@@ -154,7 +158,10 @@ def headlines(group: Group) -> list[tuple[str, str]]:
 
 
 def costs(group: Group) -> Table:
-    """One row for each rule: means over finished runs, and the number of finished runs."""
+    """One row for each rule: the means over its finished runs, and its numbers of runs by state.
+
+    If the first metric has no value, its cell shows the states of the other runs.
+    """
     metrics = columns_of_costs(group)
     rows = []
     for rule in group.rules:
@@ -195,7 +202,9 @@ def held_memory(group: Group) -> Table | None:
 
 
 def conditions_table(group: Group) -> Table:
-    """For each rule: its baselines, the choices that affect the comparison, and its seeds."""
+    """For each rule: its baselines, the choices that affect the comparison, and the seeds of its
+    finished runs.
+    """
     rows = []
     for rule in group.rules:
         seeds = ", ".join(str(run.seed) for run in group.of(rule) if run.is_finished)
@@ -343,7 +352,8 @@ def scaling(study: Study) -> Table | None:
 def named(group: Group, *, among: Sequence[Group] = ()) -> str:
     """A title: `Study 01234567, shared settings, on a cpu, 2 cores, 1 thread, 2 workers`.
 
-    The protocol is part of it if this group or one of `among` was tuned.
+    If this group or one of `among` was tuned, the title also names the tuned fields, or "shared
+    settings".
     """
     run, protocol = group.runs[0], ""
     if any(tuned_keys(each.runs[0].recipe) for each in (group, *among)):

@@ -1,4 +1,7 @@
-"""Loads the weights of a run or a file, for evaluation or as the start of another run."""
+"""Loads the weights of a run or a file, for evaluation or as the start of another run.
+
+It also hashes the files that a study's key depends on.
+"""
 
 import hashlib
 import os
@@ -58,8 +61,8 @@ def store_of(run: Path) -> CheckpointStore:
 
 
 def weights_file(start: Path) -> Path:
-    """The weights file of a recipe's `init`: `start` itself, or the weights in the newest verified
-    checkpoint of the run's folder `start`.
+    """The weights file of a recipe's `init`. If `start` is a file, it is returned. If `start` is a
+    run's folder, the weights file of its newest verified checkpoint is returned.
 
     Raises:
         ValueError: `start` does not exist, or the run has no intact checkpoint.
@@ -88,14 +91,13 @@ def copy_of_weights(run: Path) -> Path:
 def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
     """Load the file of `weights_file` into a network that may have other time steps and classes.
 
-    These weights are not taken from the file. Except the scales, they keep their initial values:
+    These weights are not taken from the file:
 
         head          if a shape in it differs. It is the network's `classifier`, or the last module
                       that has weights other than those below
         thresholds    of rate-coded neurons, if the file has none (the weights of an ANN have none)
         decays        if they are learnt and the file has none
-        scales        of 1-bit weights, if they are learnt and the file has none. They are computed
-                      from the loaded weights
+        scales        of 1-bit weights, if they are learnt and the file has none: computed anew
 
     A file of QKFormer may have the published names. Returns the keys that were not loaded.
 
@@ -139,7 +141,8 @@ def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
         loaded, {key: value for key, value in expected.items() if key not in not_loaded}
     )
     require(
-        not mismatch, f"init: {file} must fit the network except its head, {head}; got {mismatch}"
+        not mismatch,
+        f"init: {file} must fit the network up to the shapes of {head}; got {mismatch}",
     )
     network.load_state_dict(loaded, strict=False)
     for key in synapses.keys() & absent:

@@ -29,7 +29,7 @@ def test_what_is_not_written_is_told(tmp_path: Path, spiketrain: Command) -> Non
     assert refused == (
         "write: at most 0 images of each set may be unreadable, and one must be readable; got"
         " 25 of 26 in train.beton and 1 of 2 in val.beton unreadable; repair or remove the"
-        " listed files, or allow more with --max-bad"
+        " unreadable samples, or allow more with --max-bad"
     )
 
     code, out, error = spiketrain(*words, "--max-bad", "25")

@@ -56,7 +56,7 @@ def test_no_core_has_two_holders_and_a_killed_holder_frees_its_cores(tmp_path: P
             if everything > 1:
                 with reserve_cores(1, folder=tmp_path) as mine:
                     assert theirs not in mine
-            said = f"needs {everything} unreserved cores, but fewer of the {everything} that this"
+            said = f"needs {everything} unreserved cores; this process may use {everything} cores,"
             with (
                 pytest.raises(UserError, match=said),
                 reserve_cores(everything, folder=tmp_path, timeout_s=0.1),

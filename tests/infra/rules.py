@@ -111,12 +111,12 @@ def _room(told: dict[str, str], group: Manifest) -> Iterator[str]:
 def deadline(manifest: Manifest) -> Iterator[str]:
     for group in groups(manifest)[1:]:
         grace = group["template"]["spec"].get("terminationGracePeriodSeconds", 30)
-        for seconds in re.findall(
-            r"--deadline-remaining-seconds (\d+)",
+        for timeout, seconds in re.findall(  # the command starts as late as its timeout allows
+            r"timeout (\d+) .*--deadline-remaining-seconds (\d+)",
             str(group["template"]["spec"]["containers"][0].get("lifecycle")),
         ):
-            if int(seconds) >= grace:
-                yield f"the deadline must lie before the end of the pod, {grace} s; got {seconds}"
+            if (latest := int(timeout) + int(seconds)) >= grace:
+                yield f"the deadline must lie before the end of the pod, {grace} s; got {latest}"
 
 
 def amounts(manifest: Manifest) -> Iterator[str]:

@@ -168,7 +168,8 @@ NODE_AFFINITY = (*HEAD_POD, "affinity", "nodeAffinity")
 PREFERRED = (*NODE_AFFINITY, "preferredDuringSchedulingIgnoredDuringExecution")
 DRAIN = (*CONTAINER, "lifecycle", "preStop", "exec", "command")
 DRAINED_LATE = [
-    "ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION --deadline-remaining-seconds 300"
+    "timeout 90 ray drain-node --reason DRAIN_NODE_REASON_PREEMPTION"
+    " --deadline-remaining-seconds 100"
 ]
 GONE = object()
 BROKEN_FIELDS = [
@@ -245,7 +246,7 @@ BROKEN_RULES = [
     ((*POD, "terminationGracePeriodSeconds"), GONE, "'terminationGracePeriodSeconds' is a"),
     ((*CONTAINER, "lifecycle"), GONE, "'lifecycle' is a required property"),
     (DRAIN, ["ray", "drain-node", "--reason", "DRAIN_NODE_REASON_IDLE_TERMINATION"], "command: "),
-    (DRAIN, DRAINED_LATE, "the deadline must lie before the end of the pod, 120 s; got 300"),
+    (DRAIN, DRAINED_LATE, "the deadline must lie before the end of the pod, 170 s; got 190"),
     ((*RAY, "lifecycle", "preStop"), GONE, "'preStop' is a required property"),
     ((*POD, "volumes", 2), {"name": "runs", "emptyDir": {}}, "template.spec.volumes: "),
     ((*POD, "volumes", 0, "emptyDir", "medium"), GONE, "template.spec.volumes: "),

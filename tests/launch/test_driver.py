@@ -30,7 +30,13 @@ from rich.console import Console
 from pipeline.core.errors import UserError
 from pipeline.launch import driver, driver_signals, suite_runs
 from pipeline.launch.driver import drive, driver_lock, this_machine
-from pipeline.launch.driver_signals import ECHO_S, StopRequest, blocked_signal, on_stop_signals
+from pipeline.launch.driver_signals import (
+    AT_ONCE,
+    ECHO_S,
+    StopRequest,
+    blocked_signal,
+    on_stop_signals,
+)
 from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import LaunchError, WorkersEnded
 from pipeline.launch.suite_runs import train_side_by_side
@@ -397,9 +403,8 @@ def test_the_first_asks_to_save_and_the_second_ends_at_once(
         for _ in range(2):
             request.report()
         assert said == [f"{name}: saving after this step; another Ctrl-C or SIGTERM stops at once"]
-        if number in driver_signals.SAVING_SIGNALS:
-            send(number)
-    # A suite asks a run of its own for the first time by the file.
+        send(signal.SIGUSR1)
+    (tmp_path / "stop").write_text(AT_ONCE)  # as a suite does at its second signal
     for asked in (request, StopRequest(tmp_path, said.append)):
         with on_stop_signals(asked.on_signal), pytest.raises(SystemExit, match=r"^130$"):
             send(signal.SIGTERM if number in driver_signals.SAVING_SIGNALS else number)
@@ -414,8 +419,8 @@ def test_a_lost_terminal_that_was_ignored_before_stays_so(
         with on_stop_signals(StopRequest(tmp_path, print).on_signal):
             send(signal.SIGHUP)
             assert not (tmp_path / "stop").exists()
-            send(signal.SIGTERM)
-            assert (tmp_path / "stop").exists()
+            (tmp_path / "stop").touch()
+            send(signal.SIGTERM)  # the first signal of a run that a file has asked to save
     finally:
         signal.signal(signal.SIGHUP, before)
 

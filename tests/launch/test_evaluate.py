@@ -205,5 +205,5 @@ def test_a_recipe_starts_from_published_weights_with_a_head_of_its_own(
         assert torch.equal(tensor, head[name] if name in head else made.state_dict()[name]), name
     show = ("show", recipe, "--set", f"init={file}", "--set")
     done(*show, "model.classes=3", "--set", "data.classes=3")
-    said = "init: .*must fit the network except its head, classifier; got 33 missing: "
+    said = "init: .*must fit the network up to the shapes of classifier; got 33 missing: "
     assert re.search(said, refused(*show, "model.depth=5"))

@@ -100,7 +100,7 @@ def test_a_table_of_parameters_names_each_phase() -> None:
         (lambda: small(phases=3), "phases must be tuple"),
         (
             lambda: small(phases=TASKS).override({"phases.0.epochs": 2}),
-            "must be changed in the recipe file; got phases.0.epochs: change data, epo",
+            "must be changed in the recipe file; got phases.0.epochs: change data or",
         ),
     ],
 )

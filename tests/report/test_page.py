@@ -161,7 +161,7 @@ TWO = {"world_size": 2, "images_per_s": 150.0}
             alone(run("SLTT"), run("SLTT", **TWO)),
             [
                 '<h2 id="scaling">',
-                "Measured, not estimated",
+                "measured, not estimated",
                 'download="by-hand-scaling.csv"',
             ],
         ),

@@ -81,8 +81,9 @@ def verify(path: Path) -> list[Manifest]:
 class SpotCheck:
     """Compares pages while the samples of one epoch are read from a file.
 
-    The pages are those of one in `one_in` samples, drawn from (seed, epoch), and of each sample
-    that cannot be decoded. `table`: FFCV's allocation table, with the address of each sample.
+    It compares the pages of about one in `one_in` samples. (seed, epoch) determines these samples.
+    It also compares the page of each sample that cannot be decoded. `table`: FFCV's allocation
+    table, with the address of each sample.
     """
 
     def __init__(self, path: Path, table: Any, *, one_in: int, seed: int, epoch: int) -> None:
@@ -112,9 +113,10 @@ def _compare_pages(
     sample_pages: NDArray[np.int64],
     map_pages: Callable[..., Iterable[str]],
 ) -> None:
-    """Compare the pages with the numbers `pages`.
+    """Compare pages of a file with its manifest.
 
     Args:
+        pages: the numbers of the pages to compare.
         sample_pages: the page number of each sample. The samples of a page have consecutive
             numbers, because a file is written in the order of its samples.
         map_pages: `map`, or the method `map` of a thread pool.

@@ -36,9 +36,10 @@ def write_events(
     """Write a data set of events as train.beton and val.beton.
 
     Args:
-        source: for a published set, the folder that tonic downloads to (published_events.py); for
-            saccades, the folder of Fashion-MNIST's files; None or "fashion": Debian's package,
-            else torchvision's download.
+        source: A published set needs the folder that tonic downloads to (published_events.py).
+            Saccades take the folder of Fashion-MNIST's files. For saccades, None and "fashion"
+            mean Debian's package, or torchvision's download if the package is not installed.
+            "moving" takes no source.
         slices: default 10 (moving) or 6 (saccades); a published set has no default.
         size: pixels a side; default 34 for a generated set, else the longer side of the sensor.
         samples, val_samples: the numbers of generated recordings; default 6000 and 1600 (moving),

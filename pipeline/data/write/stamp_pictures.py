@@ -209,7 +209,7 @@ def _split(
     val = ordered[split * count : end]
     require_data(
         val,
-        f"write stamps: {name} must have pictures that no other split evaluates on; got"
+        f"write stamps: {name} must have pictures that no other split evaluates on; got none among"
         f" {len(pictures)}",
     )
     return [picture for picture in ordered if picture not in val], val

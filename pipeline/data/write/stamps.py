@@ -53,7 +53,7 @@ from pipeline.data.write.writer import (
 # S side of a scene, h w of a rotated object
 
 SIZES = (32, 1024)  # pixels a side; the shorter side of the smallest background has 1024
-MAX_OBJECT_SHARE = 0.9  # of the scene's side, for the longer side of the rotated object
+MAX_OBJECT_SHARE = 0.9  # the longer side of a rotated object is at most this share of the scene's
 MAX_DEGREES = 15.0  # of a rotation in either direction
 BRIGHTNESS = 0.3  # the factor of the object's brightness is 0.7 to 1.3
 MIN_CROP_SHARE = 0.25  # of the background's shorter side
@@ -209,8 +209,8 @@ def write_stamps(
 
     Args:
         size: pixels a side.
-        split: selects the objects and backgrounds of the evaluation set: 0, 1 or 2; 3 for choosing
-            settings (stamp_pictures.py).
+        split: selects the objects and backgrounds of the evaluation set. It is 0, 1, 2 or 3.
+            Split 3 is for choosing settings (stamp_pictures.py).
         smallest: the minimum of the longer side of a rotated object, as a share of `size`.
         content_seed: selects the scenes of a split.
         source: the folder of the packages' pictures; None: /usr/share.

@@ -87,8 +87,8 @@ def write_sets(
             the dataclass are stored in the manifest. Each worker process gets a copy.
         max_bad: the number of samples in each set that may be unreadable. They are omitted and
             listed in the manifest.
-        existing: "refuse" or "replace" existing files, or "keep" them if all exist, else refuse.
-            Kept files are verified: all their bytes, and the options that they were written with.
+        existing: "refuse" raises if a file exists. "replace" replaces existing files. "keep" writes
+            the files if none exists, raises if only some do, and otherwise verifies and keeps them.
 
     Raises:
         TooManyUnreadable: a set has more than `max_bad` unreadable samples, or no readable one.
@@ -203,8 +203,8 @@ def _refuse_unreadable(written: Sequence[Manifest], kind: str, max_bad: int) -> 
     ]
     raise TooManyUnreadable(
         f"write: at most {counted(max_bad, kind)} of each set may be unreadable, and one must be"
-        f" readable; got {' and '.join(counts)} unreadable; repair or remove the listed files, or"
-        " allow more with --max-bad",
+        f" readable; got {' and '.join(counts)} unreadable; repair or remove the unreadable"
+        " samples, or allow more with --max-bad",
         [sample for each in written for sample in each.skipped],
     )
 
@@ -212,7 +212,7 @@ def _refuse_unreadable(written: Sequence[Manifest], kind: str, max_bad: int) -> 
 def _store(
     source: Source, path: Path, encode: Any, workers: int, report: Callable[[], None]
 ) -> Manifest:
-    # Before the long work, because this call fails in a checkout that is not installed.
+    # `version` fails in a checkout that is not installed, so it is called before the long work.
     versions = {name: version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")}
     content, stored = ContentHash(source.classes, encode.kind), Counter()
     labels, skipped, groups = [], [], defaultdict(list)

@@ -199,7 +199,11 @@ def test_the_parts_depend_on_names_alone() -> None:
         ([9], -1, r"split must be in 0\.\.3; got -1"),
         ([9], 4, r"split must be in 0\.\.3; got 4"),
         ([9, 3], 0, "class 1 must have 4 pictures or more to be split; got 3"),
-        ([6], SETTINGS_SPLIT, "class 0 must have pictures that no other split evaluates on; got 6"),
+        (
+            [6],
+            SETTINGS_SPLIT,
+            "class 0 must have pictures that no other split evaluates on; got none among 6",
+        ),
     ],
 )
 def test_a_split_that_is_none_and_a_class_that_is_too_small_are_refused(
