@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import get_context
 from typing import Any
 
@@ -60,7 +60,8 @@ def nodes(environment: Mapping[str, str]) -> Iterator[Nodes]:
         finally:  # never `ray stop`, which ends every Ray there is
             family = [*process.children(recursive=True), process]
             for each in family:
-                each.kill()
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
             psutil.wait_procs(family, timeout=20)
 
 

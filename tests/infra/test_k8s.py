@@ -366,7 +366,7 @@ def test_a_worker_that_leaves_has_its_run_save(
     tmp_path: Path, driven: Callable[..., Driven]
 ) -> None:
     lab = Lab(tmp_path / "lab")
-    lab.pace(1)
+    lab.pace(2)  # 80 s: on a busy machine the command starts late
     with nodes({}) as cluster:
         run = driven(lab, "--address", cluster.address, "--workers", "1")
         run.start_of(1)
