@@ -345,10 +345,8 @@ def _end_suite(folder: Path, trust: tuple[str, ...], *, had_finished: bool = Fal
                 f" {command('report', folder)}",
                 file=sys.stderr,
             )
-    _print_next(
-        folder,
-        run=next((run for run in runs_of(folder).values() if state_of(run) == "finished"), None),
-    )
+    finished = (run for run in runs_of(folder).values() if state_of(run) == "finished")
+    _print_next(folder, run=next(finished, None))
 
 
 def _print_next(folder: Path, *, run: Path | None) -> None:

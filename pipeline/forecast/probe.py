@@ -95,7 +95,8 @@ def probe(
     compared = None
     if BASELINE in gradients:
         (bptt,) = gradients.pop(BASELINE)
-        compared = fidelity(bptt, gradients["SLTT"][0] if "SLTT" in gradients else None, gradients)
+        sltt = gradients["SLTT"][0] if "SLTT" in gradients else None
+        compared = fidelity(bptt, sltt, gradients)
     return Probe(
         recipe=recipe.name,
         samples=bench.samples,

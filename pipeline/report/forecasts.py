@@ -245,9 +245,8 @@ def _print_rows(console: Console, rows: Sequence[Row], *, title: str, keys: int 
     shown = [name for name in rows[0] if any(row[name] for row in rows)] if rows else []
     if shown:
         heads = [number(name) if isinstance(name, str) else name for name in shown]
-        print_table(
-            console, heads, ([row[name] for name in shown] for row in rows), title=title, keys=keys
-        )
+        cells = ([row[name] for name in shown] for row in rows)
+        print_table(console, heads, cells, title=title, keys=keys)
 
 
 def print_sweep(sweep: Sweep, *, console: Console | None = None) -> None:

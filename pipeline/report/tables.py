@@ -315,9 +315,8 @@ def lone_runs(groups: Sequence[Group]) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for group in groups:
         for run in group.runs:
-            top1, *others = _cells(
-                Group((run,), group.against), run.rule, metrics, is_divided=False
-            )
+            one_run = Group((run,), group.against)
+            top1, *others = _cells(one_run, run.rule, metrics, is_divided=False)
             state = None if run.is_finished else state_of(run)
             rows.append((run.name, run.rule, run.seed, state or top1, *others))
     finished = [run for group in groups for run in group.finished]
@@ -417,10 +416,8 @@ def _cells(
 
 
 def _metrics_table(group: Group, metrics: Sequence[Metric]) -> Table:
-    return Table(
-        columns=("rule", *(each.title for each in metrics)),
-        rows=tuple((rule, *_cells(group, rule, metrics, is_divided=False)) for rule in group.rules),
-    )
+    rows = [(rule, *_cells(group, rule, metrics, is_divided=False)) for rule in group.rules]
+    return Table(columns=("rule", *(each.title for each in metrics)), rows=tuple(rows))
 
 
 def _is_measured(run: Run, metric: Metric) -> bool:
@@ -475,10 +472,8 @@ def _is_split_as_written(run: Run, workers: int) -> bool:
     batch_size, max_micro_batch = run.recipe.get("batch_size"), run.recipe.get("micro_batch")
     if len(run.trained_on) != 1 or not batch_size or batch_size % workers:
         return False
-    return (
-        run.trained_on[0]["micro_batch"]
-        == Split.of(batch_size, workers=workers, most=max_micro_batch).micro_batch
-    )
+    split = Split.of(batch_size, workers=workers, most=max_micro_batch)
+    return run.trained_on[0]["micro_batch"] == split.micro_batch
 
 
 def _key_without_workers(run: Run) -> str:

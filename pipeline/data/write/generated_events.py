@@ -221,14 +221,12 @@ class Saccades:
         scene = np.zeros((self.size + 2 * margin, self.size + 2 * margin))
         top, left = (len(scene) - height) // 2, (len(scene) - width) // 2
         scene[top : top + height, left : left + width] = self.image_hw / 255.0
+        film = [
+            _interpolated_window(scene, margin + down, margin + right, self.size)
+            for down, right in gaze_path()
+        ]
         stream = film_to_events(
-            # the intensity at each instant, in 0..1
-            np.stack(
-                [
-                    _interpolated_window(scene, margin + down, margin + right, self.size)
-                    for down, right in gaze_path()
-                ]
-            ),
+            np.stack(film),  # the intensity at each instant, in 0..1
             threshold=SACCADE_THRESHOLD,
             step_us=SACCADE_US // SACCADE_INSTANTS,
         )
