@@ -405,4 +405,6 @@ class Rescaled(nn.Module):
         self.beta = beta
 
     def forward(self, x_TB: Tensor) -> Tensor:
+        if isinstance(self.neuron, LIF):
+            return self.neuron(x_TB, gain=self.gain, beta=self.beta)
         return self.gain * self.neuron(x_TB / self.beta if self.beta != 1 else x_TB)

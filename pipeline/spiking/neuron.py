@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_one_of, require
+from pipeline.spiking.kernels import fused
 from pipeline.spiking.state import State
 from pipeline.spiking.surrogate import Surrogate, Triangle, heaviside
 
@@ -70,8 +71,10 @@ class LIF(nn.Module):
         reset_gradient: Literal["detached", "kept"] = "detached",
         scale_input: bool = False,
         surrogate: Surrogate = Triangle(),
+        kernel: Literal["auto", "eager"] = "auto",
     ) -> None:
         super().__init__()
+        refuse_unless_one_of("LIF", ("auto", "eager"), kernel=kernel)
         require(0 <= decay <= 1, f"LIF: decay must be in 0..1; got decay={decay}")
         require(threshold > 0, f"LIF: threshold must be > 0; got threshold={threshold}")
         refuse_unless_one_of("LIF", ("subtract", "zero"), reset=reset)
@@ -99,11 +102,53 @@ class LIF(nn.Module):
         self.reset_gradient: Literal["detached", "kept"] = reset_gradient
         self.scale_input = scale_input
         self.surrogate = surrogate
+        self.kernel = kernel
         self.carry: Callable[[Tensor], Tensor] = identity
         self.custom_forward: Callable[[LIF, Tensor], Tensor] | None = None
         self.state = State("LIF")
 
-    def forward(self, x_TB: Tensor) -> Tensor:
+    def forward(self, x_TB: Tensor, *, gain: float = 1.0, beta: float = 1.0) -> Tensor:
+        """`gain` times the spikes for the current x / beta: networks without norms scale both."""
+        surrogate = self._kernel(x_TB)
+        if surrogate is None:
+            s_TB = self._run(x_TB / beta if beta != 1 else x_TB)
+            return gain * s_TB if gain != 1 else s_TB
+        learnt_decay, charge = self.learnt_decay(), fused.SCALED if self.scale_input else fused.ADDED
+        if learnt_decay is not None and self.scale_input:
+            charge = fused.INTERPOLATED
+        s_TB, v_B = fused.run(
+            x_TB,
+            self._last_membrane(x_TB),
+            learnt_decay,
+            fused.Constants(
+                charge,
+                0.0 if learnt_decay is not None else self.decay,
+                self.threshold,
+                self.subtract if self.reset == "subtract" else None,
+                gain,
+                beta,
+            ),
+            surrogate,
+            reset_gradient=self.reset_gradient == "kept",
+            cut=self.carry is torch.detach,
+        )
+        self.state.write("v", v_B)
+        return s_TB
+
+    def _kernel(self, x_TB: Tensor) -> tuple[int, float, float] | None:
+        """The surrogate as the kernels know it; None: eager torch runs this neuron."""
+        is_ours = type(self).step is LIF.step and type(self).charge in (LIF.charge, PLIF.charge)
+        if (
+            self.kernel == "eager"
+            or self.custom_forward is not None
+            or not is_ours
+            or self.carry not in (identity, torch.detach)
+            or not fused.has_kernel(x_TB)
+        ):
+            return None
+        return fused.surrogate_constants(self.surrogate)
+
+    def _run(self, x_TB: Tensor) -> Tensor:
         if self.custom_forward is not None:
             return self.custom_forward(self, x_TB)
         v_B = self.membrane(x_TB)
@@ -122,17 +167,25 @@ class LIF(nn.Module):
 
     def membrane(self, x_TB: Tensor) -> Tensor:
         """The membrane v before the first step of the slice `x_TB`; 0 at the start of a batch."""
-        v_B = self.state.read("v")
+        v_B = self._last_membrane(x_TB)
         if v_B is None:
             return x_TB.new_zeros(
                 x_TB.shape[1:], dtype=torch.promote_types(x_TB.dtype, torch.float32)
             )
-        if v_B.shape != x_TB.shape[1:]:
+        return v_B
+
+    def _last_membrane(self, x_TB: Tensor) -> Tensor | None:
+        v_B = self.state.read("v")
+        if v_B is not None and v_B.shape != x_TB.shape[1:]:
             raise ValueError(
                 "LIF: within one fresh_state all time steps must have the same shape; "
                 f"got {tuple(x_TB.shape[1:])} after {tuple(v_B.shape)}"
             )
         return v_B
+
+    def learnt_decay(self) -> Tensor | None:
+        """The decay as a tensor of shape (1,) with a gradient; None: it is a constant."""
+        return None
 
     def step(self, x_B: Tensor, v_B: Tensor) -> tuple[Tensor, Tensor]:
         """One time step, elementwise: (x[t], v[t-1]) -> (s[t], v[t]). All have the same shape."""
@@ -187,6 +240,7 @@ class PLIF(LIF):
         reset_gradient: Literal["detached", "kept"] = "detached",
         scale_input: bool = False,
         surrogate: Surrogate = Triangle(),
+        kernel: Literal["auto", "eager"] = "auto",
     ) -> None:
         require(
             0 < decay < 1,
@@ -201,12 +255,16 @@ class PLIF(LIF):
             reset_gradient=reset_gradient,
             scale_input=scale_input,
             surrogate=surrogate,
+            kernel=kernel,
         )
         del self.decay  # the constant of LIF; the decay of PLIF is sigmoid(decay_logit)
         self.decay_logit = nn.Parameter(torch.tensor([math.log(decay / (1 - decay))]))
 
+    def learnt_decay(self) -> Tensor:
+        return self.decay_logit.sigmoid()
+
     def charge(self, x_B: Tensor, v_B: Tensor) -> Tensor:
-        decay = self.decay_logit.sigmoid().to(v_B.dtype)
+        decay = self.learnt_decay().to(v_B.dtype)
         return torch.lerp(x_B, v_B, decay) if self.scale_input else torch.addcmul(x_B, v_B, decay)
 
     def extra_repr(self) -> str:
@@ -234,6 +292,7 @@ def IF(
     subtract: float | None = None,
     reset_gradient: Literal["detached", "kept"] = "detached",
     surrogate: Surrogate = Triangle(),
+    kernel: Literal["auto", "eager"] = "auto",
 ) -> LIF:
     """Integrate-and-fire: a LIF neuron without leak (decay 1)."""
     return LIF(
@@ -243,6 +302,7 @@ def IF(
         subtract=subtract,
         reset_gradient=reset_gradient,
         surrogate=surrogate,
+        kernel=kernel,
     )
 
 

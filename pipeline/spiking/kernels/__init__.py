@@ -1,0 +1,1 @@
+"""Fused kernels of neurons: numba on CPUs, Triton on NVIDIA GPUs."""

@@ -1,0 +1,399 @@
+"""The neuron's kernels on a CPU: numba, in blocks of neurons that stay in the CPU's first cache.
+
+A kernel runs all time steps of a block before the next block, so memory is read and written once.
+The GIL is released, and the blocks are divided among as many threads as torch uses. The threads are
+Python's, because numba's own thread pool aborts a process if FFCV's loaders use it at the same
+time. The loops are compiled once per machine.
+
+The arithmetic is torch's, operation by operation, so spikes and membranes have the same bits.
+"""
+
+# T time, N neurons of the batch
+
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic, overload
+from torch import Tensor
+
+from pipeline.spiking.kernels.fused import new_step, new_steps
+
+BLOCK = 1024  # neurons; their values of one time step take 4 kB
+MIN_PER_THREAD = 1 << 15  # values; fewer take less time than to wake a thread
+
+compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = njit(
+    nogil=True, cache=True, error_model="numpy"
+)
+
+
+# ------------------------------------------------------------------------------------------- scalars
+
+
+@intrinsic
+def _fma(_: Any, x: Any, y: Any, z: Any) -> Any:
+    """x y + z, rounded once, as torch.add and torch.lerp compute it on a CPU."""
+    return x(x, x, x), lambda context, builder, signature, args: builder.fma(*args)
+
+
+@intrinsic
+def _power_of_two(_: Any, exponent: Any) -> Any:
+    """2^exponent for an int32 in -126..127: the exponent bits of a float32."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        integer = ir.IntType(32)
+        biased = builder.add(args[0], ir.Constant(integer, 127))
+        return builder.bitcast(builder.shl(biased, ir.Constant(integer, 23)), ir.FloatType())
+
+    return types.float32(types.int32), code
+
+
+@intrinsic
+def _pointer(_: Any, address: Any, like: Any) -> Any:
+    """The address of numbers of the type of `like`, as a pointer."""
+
+    def code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(like)(address, like), code
+
+
+def _exp(x: Any) -> Any:
+    raise NotImplementedError("compiled only")
+
+
+@overload(_exp, inline="always", strict=False)
+def _exp_of(x: Any) -> Any:
+    """e^x for x <= 0. LLVM has no vector code for the exponential of C; this has, to 2 units in the
+    last place of a float32: x = n ln 2 + r with |r| <= ln 2 / 2, and a polynomial for e^r.
+    """
+    if x != types.float32:
+        return lambda x: math.exp(x)
+    f = np.float32
+    per_ln2, ln2_high, ln2_low = f(1.44269504), f(0.693145752), f(1.42860677e-6)
+    least, half, one = f(-87.0), f(0.5), f(1)
+    c2, c3, c4, c5, c6 = f(0.5), f(1 / 6), f(1 / 24), f(1 / 120), f(1 / 720)
+
+    def fast(x):
+        x = max(x, least)
+        n = np.floor(x * per_ln2 + half)
+        r = _fma(n, -ln2_low, _fma(n, -ln2_high, x))
+        e = _fma(_fma(_fma(_fma(_fma(_fma(c6, r, c5), r, c4), r, c3), r, c2), r, one), r, one)
+        return e * _power_of_two(np.int32(n))
+
+    return fast
+
+
+# ------------------------------------------------------------------------------------------- forward
+
+
+@compiled
+def _forward(
+    first, end, neurons, steps, x_at, x_step, v0_at, s_at, v_end_at, u_at, charge, decay, current,
+    threshold, reset, subtract, gain, beta,
+):  # fmt: skip
+    """The neurons from `first` to `end`. Names with `_at` are addresses; 0: there is none.
+
+    `x_step` is the distance between time steps, 0 for a static input.
+    """
+    zero, one = decay - decay, beta / beta
+    x = carray(_pointer(x_at, decay), x_step * (steps - 1) + neurons)
+    v0 = carray(_pointer(v0_at, decay), neurons if v0_at else 0)
+    s = carray(_pointer(s_at, decay), steps * neurons)
+    v_end = carray(_pointer(v_end_at, decay), neurons)
+    u = carray(_pointer(u_at, decay), steps * neurons if u_at else 0)
+    current_of = np.empty(BLOCK, x.dtype)
+    for begin in range(first, end, BLOCK):
+        stop = min(begin + BLOCK, end)
+        count = stop - begin
+        v = v_end[begin:stop]
+        if len(v0):
+            v[:] = v0[begin:stop]
+        else:
+            v[:] = zero
+        for t in range(steps):
+            x_t = x[t * x_step + begin : t * x_step + stop]
+            if beta != one:
+                for i in range(count):
+                    current_of[i] = x_t[i] / beta
+                x_t = current_of[:count]
+            if charge == 0:
+                for i in range(count):
+                    v[i] = _fma(decay, v[i], x_t[i])
+            elif charge == 1:
+                for i in range(count):
+                    v[i] = _fma(decay, v[i], current * x_t[i])
+            elif decay < one / 2:  # torch.lerp
+                for i in range(count):
+                    v[i] = _fma(decay, v[i] - x_t[i], x_t[i])
+            else:
+                for i in range(count):
+                    v[i] = _fma(decay - one, v[i] - x_t[i], v[i])
+            if len(u):
+                u[t * neurons + begin : t * neurons + stop] = v
+            s_t = s[t * neurons + begin : t * neurons + stop]
+            if reset == 0:
+                for i in range(count):
+                    fires = v[i] - threshold >= zero
+                    s_t[i] = gain if fires else zero
+                    v[i] = zero if fires else v[i]
+            else:
+                for i in range(count):
+                    fires = v[i] - threshold >= zero
+                    s_t[i] = gain if fires else zero
+                    v[i] = v[i] - subtract if fires else v[i]
+
+
+# ------------------------------------------------------------------------------------------ backward
+
+
+@compiled
+def _backward(
+    first, end, neurons, steps, u_at, v0_at, x_at, x_step, g_s_at, g_s_step, g_v_end_at, g_x_at,
+    g_v0_at, g_decay, charge, decay, current, threshold, reset, subtract, gain, beta, surrogate, a,
+    b, reset_gradient, cut,
+):  # fmt: skip
+    """As `_forward`. `g_decay` has one sum for each block; it is empty unless the decay is learnt."""
+    zero, one = decay - decay, beta / beta
+    size = steps * neurons
+    u = carray(_pointer(u_at, decay), size)
+    v0 = carray(_pointer(v0_at, decay), neurons if v0_at else 0)
+    x = carray(_pointer(x_at, decay), x_step * (steps - 1) + neurons if x_at else 0)
+    g_s = carray(_pointer(g_s_at, decay), g_s_step * (steps - 1) + neurons if g_s_at else 0)
+    g_v_end = carray(_pointer(g_v_end_at, decay), neurons if g_v_end_at else 0)
+    g_x = carray(_pointer(g_x_at, decay), size)
+    g_v0 = carray(_pointer(g_v0_at, decay), neurons if g_v0_at else 0)
+    g_v = np.empty(BLOCK, u.dtype)
+    g = np.empty(BLOCK, u.dtype)
+    for begin in range(first, end, BLOCK):
+        stop = min(begin + BLOCK, end)
+        count = stop - begin
+        total = 0.0
+        has_g_v = len(g_v_end) > 0
+        if has_g_v:
+            g_v[:count] = g_v_end[begin:stop]
+        for t in range(steps - 1, -1, -1):
+            u_t = u[t * neurons + begin : t * neurons + stop]
+            if len(g_s):
+                g_s_t = g_s[t * g_s_step + begin : t * g_s_step + stop]
+                for i in range(count):
+                    g[i] = g_s_t[i] * gain
+            else:
+                g[:] = zero
+            if reset_gradient and has_g_v:
+                if reset == 0:
+                    for i in range(count):
+                        g[i] -= g_v[i] * u_t[i]
+                else:
+                    for i in range(count):
+                        g[i] -= g_v[i] * subtract
+            if surrogate == 0:
+                for i in range(count):
+                    g[i] *= max(a - b * abs(u_t[i] - threshold), zero)
+            elif surrogate == 1:
+                for i in range(count):
+                    e = _exp(-abs(a * (u_t[i] - threshold)))
+                    g[i] *= a * e / ((one + e) * (one + e))
+            elif surrogate == 2:
+                for i in range(count):
+                    g[i] *= b if abs(u_t[i] - threshold) <= a else zero
+            else:
+                for i in range(count):
+                    z = a * (u_t[i] - threshold)
+                    g[i] *= one / (one + z * z) * b
+            if has_g_v:
+                if reset == 0:
+                    for i in range(count):
+                        g[i] += zero if u_t[i] - threshold >= zero else g_v[i]
+                else:
+                    for i in range(count):
+                        g[i] += g_v[i]
+            if len(g_decay):
+                for i in range(count):
+                    v = zero
+                    if t > 0:
+                        v = u[(t - 1) * neurons + begin + i]
+                        if v - threshold >= zero:
+                            v = zero if reset == 0 else v - subtract
+                    elif len(v0):
+                        v = v0[begin + i]
+                    if charge >= 2:
+                        v -= x[t * x_step + begin + i] / beta
+                    total += g[i] * v
+            g_x_t = g_x[t * neurons + begin : t * neurons + stop]
+            if current != one or beta != one:
+                for i in range(count):
+                    g_x_t[i] = g[i] * current / beta
+            else:
+                for i in range(count):
+                    g_x_t[i] = g[i]
+            has_g_v = not cut
+            if has_g_v or t == 0:
+                for i in range(count):
+                    g_v[i] = g[i] * decay
+        if len(g_v0):
+            g_v0[begin:stop] = g_v[:count]
+        if len(g_decay):
+            g_decay[begin // BLOCK] = total
+
+
+# ------------------------------------------------------------------------------------------- threads
+
+
+def _in_blocks(kernel: Any, neurons: int, steps: int, *args: Any) -> None:
+    """Run a kernel for all neurons, in as many threads as torch uses."""
+    args = neurons, steps, *args
+    threads = min(torch.get_num_threads(), neurons * steps // MIN_PER_THREAD)
+    if threads <= 1:
+        kernel(0, neurons, *args)
+        return
+    blocks = -(-neurons // BLOCK)
+    edges = [min(neurons, blocks * part // threads * BLOCK) for part in range(threads + 1)]
+    others = [
+        _pool(os.getpid()).submit(kernel, first, end, *args)
+        for first, end in zip(edges[1:-1], edges[2:], strict=True)
+    ]
+    kernel(edges[0], edges[1], *args)
+    for each in others:
+        each.result()
+
+
+@cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """The threads of this process. A forked process needs its own."""
+    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="neurons")
+
+
+# -------------------------------------------------------------------------------------------- torch
+
+_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+_NO_SUMS = np.empty(0)
+
+
+def forward(
+    x_TB: Tensor,
+    v_B: Tensor | None,
+    learnt_decay: Tensor | None,
+    levels: Tensor | None,
+    charge: int,
+    decay: float,
+    threshold: float,
+    subtract: float | None,
+    gain: float,
+    beta: float,
+    saves_u: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`lif_forward` of `fused.py`."""
+    x_dtype, dtype = x_TB.dtype, torch.promote_types(x_TB.dtype, torch.float32)
+    if x_dtype != dtype:
+        if beta != 1:
+            x_TB, beta = x_TB / beta, 1.0  # rounded in its own dtype, as in eager
+        x_TB = x_TB.to(dtype)
+    f, steps, neurons = _DTYPES[dtype], len(x_TB), math.prod(x_TB.shape[1:])
+    s_TB, v_end_B = new_steps(x_TB, dtype), new_step(x_TB, dtype)
+    u_TB = torch.empty_like(s_TB) if saves_u else None
+    if learnt_decay is not None:
+        decay = learnt_decay.item()
+    if levels is not None:
+        threshold, subtract, gain = levels.tolist()
+    _in_blocks(
+        _forward,
+        neurons,
+        steps,
+        x_TB.data_ptr(),
+        x_TB.stride(0) if steps > 1 else 0,
+        _address(v_B),
+        s_TB.data_ptr(),
+        v_end_B.data_ptr(),
+        _address(u_TB),
+        charge,
+        f(decay),
+        f(1 - decay),
+        f(threshold),
+        0 if subtract is None else 1,
+        f(subtract or 0),
+        f(gain),
+        f(beta),
+    )
+    return s_TB.to(x_dtype), v_end_B, u_TB
+
+
+def backward(
+    u_TB: Tensor | None,
+    x_TB: Tensor | None,
+    v_B: Tensor | None,
+    learnt_decay: Tensor | None,
+    g_s_TB: Tensor | None,
+    g_v_B: Tensor | None,
+    dtype: torch.dtype,
+    charge: int,
+    decay: float,
+    threshold: float,
+    subtract: float | None,
+    gain: float,
+    beta: float,
+    surrogate: int,
+    a: float,
+    b: float,
+    reset_gradient: bool,
+    cut: bool,
+    needs_v: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`lif_backward` of `fused.py`."""
+    if u_TB is None:
+        assert x_TB is not None
+        *_, u_TB = forward(
+            x_TB, v_B, learnt_decay, None, charge, decay, threshold, subtract, gain, beta, True
+        )
+        assert u_TB is not None
+    f, steps, neurons = _DTYPES[u_TB.dtype], len(u_TB), math.prod(u_TB.shape[1:])
+    g_x_TB = torch.empty_like(u_TB)
+    g_v0_B = new_step(u_TB, u_TB.dtype) if needs_v else None
+    sums = _NO_SUMS
+    if learnt_decay is not None:
+        decay, sums = learnt_decay.item(), np.empty(-(-neurons // BLOCK))
+    if x_TB is not None:
+        x_TB = x_TB.to(u_TB.dtype)
+    if g_s_TB is not None:
+        g_s_TB = g_s_TB.to(u_TB.dtype)
+    _in_blocks(
+        _backward,
+        neurons,
+        steps,
+        u_TB.data_ptr(),
+        _address(v_B),
+        _address(x_TB),
+        x_TB.stride(0) if x_TB is not None and steps > 1 else 0,
+        _address(g_s_TB),
+        g_s_TB.stride(0) if g_s_TB is not None and steps > 1 else 0,
+        _address(g_v_B),
+        g_x_TB.data_ptr(),
+        _address(g_v0_B),
+        sums,
+        charge,
+        f(decay),
+        f(1 - decay) if charge else f(1),
+        f(threshold),
+        0 if subtract is None else 1,
+        f(subtract or 0),
+        f(gain),
+        f(beta),
+        surrogate,
+        f(a),
+        f(b),
+        reset_gradient,
+        cut,
+    )
+    g_decay = None if learnt_decay is None else learnt_decay.new_tensor([sums.sum()])
+    return g_x_TB.to(dtype), g_v0_B, g_decay
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
