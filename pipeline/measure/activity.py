@@ -10,7 +10,7 @@ activity.layers()
 # T time, B batch, C counted samples of a batch, R = T B rows, N neurons of a layer, L layers
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -73,7 +73,7 @@ class Activity:
 
     def __enter__(self) -> Self:
         for (_, neuron), layer in zip(self._neurons, self._layers, strict=True):
-            self._hooks.append(neuron.register_forward_hook(layer.record))
+            self._hooks.append(neuron.register_forward_hook(layer.record, with_kwargs=True))
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -141,14 +141,14 @@ class _SpikeCounts:
         self.batch_rows: tuple[int, ...] = ()  # of the counted samples in the current batch
 
     @torch.no_grad()
-    def record(self, neuron: nn.Module, _: Any, s_TB: Tensor) -> None:
+    def record(self, neuron: nn.Module, _: Any, arguments: Mapping[str, Any], s_TB: Tensor) -> None:
         """Add the output of `neuron`. This is a forward hook."""
         if not self.batch_rows:
             return
         steps, batch = s_TB.shape[:2]
         s_RN = s_TB.reshape(steps * batch, -1)
         row_TC, first_T = _rows(self.batch_rows, steps, batch, s_TB.device)
-        # LIF.step emits spikes of value 1. A rate neuron emits other values, and a rule's
+        # LIF.step emits spikes of one value. A rate neuron emits other values, and a rule's
         # custom_forward may change the values.
         fires_ones = (
             isinstance(neuron, LIF)
@@ -158,6 +158,8 @@ class _SpikeCounts:
         if fires_ones and s_TB.dtype == torch.float32:
             # sums the rows without copying them
             spikes_TN = torch.embedding_bag(s_RN, row_TC, first_T)[0]
+            if (gain := arguments.get("gain", 1.0)) != 1:
+                spikes_TN = (spikes_TN / gain).round_()
         else:
             spikes_TN = torch.ne(s_RN[row_TC.view(steps, -1)], 0).sum(1, dtype=torch.float32)
         first, self.step = self.step, self.step + steps

@@ -162,11 +162,7 @@ class _RateMap(torch.autograd.Function):
     def forward(
         ctx: Any, x_TB: Tensor, threshold: Tensor, lif: RateNeuron, is_published: bool
     ) -> Tensor:
-        v_B = lif.membrane(x_TB)
-        out_TB = torch.empty_like(x_TB, memory_format=torch.contiguous_format)
-        for t, x_B in enumerate(x_TB.unbind(0)):
-            out_TB[t], v_B = lif.step(x_B.to(v_B.dtype), v_B)
-        lif.state.write("v", v_B)
+        out_TB = lif.run_without_gradient(x_TB)
         gain = (
             -math.log(lif.decay) / lif.dt if is_published else lif.gain
         )  # -log(decay) / dt: 1 / tau

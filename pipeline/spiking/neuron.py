@@ -26,6 +26,9 @@ from pipeline.spiking.kernels import fused
 from pipeline.spiking.state import State
 from pipeline.spiking.surrogate import Surrogate, Triangle, heaviside
 
+# "auto": the fused kernel of the device, where there is one; "eager": torch.
+Kernel = Literal["auto", "eager"]
+
 
 def identity(x: Tensor) -> Tensor:
     return x
@@ -71,7 +74,7 @@ class LIF(nn.Module):
         reset_gradient: Literal["detached", "kept"] = "detached",
         scale_input: bool = False,
         surrogate: Surrogate = Triangle(),
-        kernel: Literal["auto", "eager"] = "auto",
+        kernel: Kernel = "auto",
     ) -> None:
         super().__init__()
         refuse_unless_one_of("LIF", ("auto", "eager"), kernel=kernel)
@@ -113,12 +116,15 @@ class LIF(nn.Module):
         if surrogate is None:
             s_TB = self._run(x_TB / beta if beta != 1 else x_TB)
             return gain * s_TB if gain != 1 else s_TB
-        learnt_decay, charge = self.learnt_decay(), fused.SCALED if self.scale_input else fused.ADDED
+        learnt_decay, charge = (
+            self.learnt_decay(),
+            fused.SCALED if self.scale_input else fused.ADDED,
+        )
         if learnt_decay is not None and self.scale_input:
             charge = fused.INTERPOLATED
         s_TB, v_B = fused.run(
             x_TB,
-            self._last_membrane(x_TB),
+            self.last_membrane(x_TB),
             learnt_decay,
             fused.Constants(
                 charge,
@@ -167,14 +173,15 @@ class LIF(nn.Module):
 
     def membrane(self, x_TB: Tensor) -> Tensor:
         """The membrane v before the first step of the slice `x_TB`; 0 at the start of a batch."""
-        v_B = self._last_membrane(x_TB)
+        v_B = self.last_membrane(x_TB)
         if v_B is None:
             return x_TB.new_zeros(
                 x_TB.shape[1:], dtype=torch.promote_types(x_TB.dtype, torch.float32)
             )
         return v_B
 
-    def _last_membrane(self, x_TB: Tensor) -> Tensor | None:
+    def last_membrane(self, x_TB: Tensor) -> Tensor | None:
+        """As `membrane`; None at the start of a batch."""
         v_B = self.state.read("v")
         if v_B is not None and v_B.shape != x_TB.shape[1:]:
             raise ValueError(
@@ -240,7 +247,7 @@ class PLIF(LIF):
         reset_gradient: Literal["detached", "kept"] = "detached",
         scale_input: bool = False,
         surrogate: Surrogate = Triangle(),
-        kernel: Literal["auto", "eager"] = "auto",
+        kernel: Kernel = "auto",
     ) -> None:
         require(
             0 < decay < 1,
@@ -292,7 +299,7 @@ def IF(
     subtract: float | None = None,
     reset_gradient: Literal["detached", "kept"] = "detached",
     surrogate: Surrogate = Triangle(),
-    kernel: Literal["auto", "eager"] = "auto",
+    kernel: Kernel = "auto",
 ) -> LIF:
     """Integrate-and-fire: a LIF neuron without leak (decay 1)."""
     return LIF(

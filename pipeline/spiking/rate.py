@@ -32,7 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.checks import require
-from pipeline.spiking.neuron import LIF
+from pipeline.spiking.kernels import fused
+from pipeline.spiking.neuron import LIF, Kernel
 from pipeline.spiking.state import State
 from pipeline.spiking.surrogate import Surrogate, Triangle, spike
 
@@ -64,6 +65,7 @@ class RateNeuron(LIF):
         bound: float,
         threshold_gradient: float,
         surrogate: Surrogate,
+        kernel: Kernel,
     ) -> None:
         name = "RateIF" if decay == 1 else "RateLIF"
         require(0 < alpha <= 1, f"{name}: alpha must be above 0 and at most 1; got alpha={alpha}")
@@ -76,7 +78,7 @@ class RateNeuron(LIF):
             threshold_gradient >= 0,
             f"{name}: threshold_gradient must be >= 0; got threshold_gradient={threshold_gradient}",
         )
-        super().__init__(decay, scale_input=decay < 1, surrogate=surrogate)
+        super().__init__(decay, scale_input=decay < 1, surrogate=surrogate, kernel=kernel)
         del self.threshold, self.subtract  # numbers of LIF; one parameter replaces both
         self.threshold = nn.Parameter(torch.tensor([float(threshold)]))
         self.dt = dt
@@ -98,6 +100,27 @@ class RateNeuron(LIF):
         s_B = spike((u_B - self.alpha * threshold) / threshold, surrogate=self.surrogate)
         return s_B * (threshold / self.dt), u_B - threshold * s_B.detach()
 
+    @torch.no_grad()
+    def run_without_gradient(self, x_TB: Tensor) -> Tensor:
+        """The output of all steps of `x_TB`, for a rule with its own backward."""
+        if self.kernel == "auto" and fused.has_kernel(x_TB):
+            dtype = torch.promote_types(x_TB.dtype, torch.float32)
+            threshold = self.clamped_threshold().to(dtype)
+            out_TB, v_B = fused.run_rates(
+                x_TB,
+                self.last_membrane(x_TB),
+                torch.cat([self.alpha * threshold, threshold, threshold / self.dt]),
+                fused.SCALED if self.scale_input else fused.ADDED,
+                self.decay,
+            )
+        else:
+            v_B = self.membrane(x_TB)
+            out_TB = torch.empty_like(x_TB, memory_format=torch.contiguous_format)
+            for t, x_B in enumerate(x_TB.unbind(0)):
+                out_TB[t], v_B = self.step(x_B.to(v_B.dtype), v_B)
+        self.state.write("v", v_B)
+        return out_TB
+
     def extra_repr(self) -> str:
         return (
             f"decay={self.decay}, dt={self.dt}, alpha={self.alpha}, bound={self.bound}, "
@@ -112,6 +135,7 @@ def RateIF(
     bound: float = 0.01,
     threshold_gradient: float = 1.0,
     surrogate: Surrogate = Triangle(),
+    kernel: Kernel = "auto",
 ) -> RateNeuron:
     """DSR's integrate-and-fire neuron. The defaults are the values published for CIFAR.
 
@@ -125,6 +149,7 @@ def RateIF(
         bound=bound,
         threshold_gradient=threshold_gradient,
         surrogate=surrogate,
+        kernel=kernel,
     )
 
 
@@ -137,6 +162,7 @@ def RateLIF(
     bound: float = 5e-4,
     threshold_gradient: float | None = None,
     surrogate: Surrogate = Triangle(),
+    kernel: Kernel = "auto",
 ) -> RateNeuron:
     """DSR's leaky neuron. The defaults are the values published for CIFAR.
 
@@ -158,6 +184,7 @@ def RateLIF(
         bound=bound,
         threshold_gradient=dt**2 if threshold_gradient is None else threshold_gradient,
         surrogate=surrogate,
+        kernel=kernel,
     )
 
 

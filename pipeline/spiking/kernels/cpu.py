@@ -15,6 +15,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from pipeline.spiking.kernels.fused import new_step, new_steps
 
+_intrinsic: Any = intrinsic  # numba's types are of what is compiled
 BLOCK = 1024  # neurons; their values of one time step take 4 kB
 MIN_PER_THREAD = 1 << 15  # values; fewer take less time than to wake a thread
 
@@ -34,16 +36,16 @@ compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = njit(
 )
 
 
-# ------------------------------------------------------------------------------------------- scalars
+# ------------------------------------------------------------------------------------------ scalars
 
 
-@intrinsic
+@_intrinsic
 def _fma(_: Any, x: Any, y: Any, z: Any) -> Any:
     """x y + z, rounded once, as torch.add and torch.lerp compute it on a CPU."""
     return x(x, x, x), lambda context, builder, signature, args: builder.fma(*args)
 
 
-@intrinsic
+@_intrinsic
 def _power_of_two(_: Any, exponent: Any) -> Any:
     """2^exponent for an int32 in -126..127: the exponent bits of a float32."""
 
@@ -55,7 +57,7 @@ def _power_of_two(_: Any, exponent: Any) -> Any:
     return types.float32(types.int32), code
 
 
-@intrinsic
+@_intrinsic
 def _pointer(_: Any, address: Any, like: Any) -> Any:
     """The address of numbers of the type of `like`, as a pointer."""
 
@@ -91,7 +93,7 @@ def _exp_of(x: Any) -> Any:
     return fast
 
 
-# ------------------------------------------------------------------------------------------- forward
+# ------------------------------------------------------------------------------------------ forward
 
 
 @compiled
@@ -151,7 +153,7 @@ def _forward(
                     v[i] = v[i] - subtract if fires else v[i]
 
 
-# ------------------------------------------------------------------------------------------ backward
+# ----------------------------------------------------------------------------------------- backward
 
 
 @compiled
@@ -160,7 +162,7 @@ def _backward(
     g_v0_at, g_decay, charge, decay, current, threshold, reset, subtract, gain, beta, surrogate, a,
     b, reset_gradient, cut,
 ):  # fmt: skip
-    """As `_forward`. `g_decay` has one sum for each block; it is empty unless the decay is learnt."""
+    """As `_forward`. `g_decay` has one sum for each block; empty: the decay is not learnt."""
     zero, one = decay - decay, beta / beta
     size = steps * neurons
     u = carray(_pointer(u_at, decay), size)
@@ -244,7 +246,7 @@ def _backward(
             g_decay[begin // BLOCK] = total
 
 
-# ------------------------------------------------------------------------------------------- threads
+# ------------------------------------------------------------------------------------------ threads
 
 
 def _in_blocks(kernel: Any, neurons: int, steps: int, *args: Any) -> None:
@@ -257,8 +259,7 @@ def _in_blocks(kernel: Any, neurons: int, steps: int, *args: Any) -> None:
     blocks = -(-neurons // BLOCK)
     edges = [min(neurons, blocks * part // threads * BLOCK) for part in range(threads + 1)]
     others = [
-        _pool(os.getpid()).submit(kernel, first, end, *args)
-        for first, end in zip(edges[1:-1], edges[2:], strict=True)
+        _pool(os.getpid()).submit(kernel, first, end, *args) for first, end in pairwise(edges[1:])
     ]
     kernel(edges[0], edges[1], *args)
     for each in others:
@@ -359,10 +360,12 @@ def backward(
     sums = _NO_SUMS
     if learnt_decay is not None:
         decay, sums = learnt_decay.item(), np.empty(-(-neurons // BLOCK))
-    if x_TB is not None:
-        x_TB = x_TB.to(u_TB.dtype)
-    if g_s_TB is not None:
-        g_s_TB = g_s_TB.to(u_TB.dtype)
+    is_wide = u_TB.dtype == dtype
+    last_beta, beta = (1.0, beta) if is_wide else (beta, 1.0)
+    if not is_wide:  # scaled and rounded in the tensors' own dtype, as in eager
+        g_s_TB = None if g_s_TB is None else (g_s_TB * gain).to(u_TB.dtype)
+        x_TB = None if x_TB is None else (x_TB / last_beta).to(u_TB.dtype)
+        gain = 1.0
     _in_blocks(
         _backward,
         neurons,
@@ -392,7 +395,8 @@ def backward(
         cut,
     )
     g_decay = None if learnt_decay is None else learnt_decay.new_tensor([sums.sum()])
-    return g_x_TB.to(dtype), g_v0_B, g_decay
+    g_x_TB = g_x_TB.to(dtype)
+    return g_x_TB if last_beta == 1 else g_x_TB / last_beta, g_v0_B, g_decay
 
 
 def _address(x: Tensor | None) -> int:

@@ -59,15 +59,15 @@ def _is_installed(package: str | None) -> bool:
 
 def surrogate_constants(surrogate: Surrogate) -> tuple[int, float, float] | None:
     """The number of a surrogate and two constants of its derivative; None if it has no kernel."""
-    match surrogate:
-        case Triangle(alpha):
-            return TRIANGLE, alpha, alpha**2
-        case Sigmoid(alpha):
-            return SIGMOID, alpha, 0.0
-        case Rectangle(alpha):
-            return RECTANGLE, alpha / 2, 1 / alpha
-        case ATan(alpha):
-            return ATAN, math.pi / 2 * alpha, alpha / 2
+    # A subclass may have another derivative.
+    if type(surrogate) is Triangle:
+        return TRIANGLE, surrogate.alpha, surrogate.alpha**2
+    if type(surrogate) is Sigmoid:
+        return SIGMOID, surrogate.alpha, 0.0
+    if type(surrogate) is Rectangle:
+        return RECTANGLE, surrogate.alpha / 2, 1 / surrogate.alpha
+    if type(surrogate) is ATan:
+        return ATAN, math.pi / 2 * surrogate.alpha, surrogate.alpha / 2
     return None
 
 
@@ -95,6 +95,21 @@ def run(
     return _Fused.apply(  # type: ignore[return-value]
         x_TB, v_B, learnt_decay, constants, surrogate, reset_gradient, cut, needs_backward
     )
+
+
+@torch.no_grad()
+def run_rates(
+    x_TB: Tensor, v_B: Tensor | None, levels: Tensor, charge: int, decay: float
+) -> tuple[Tensor, Tensor]:
+    """The output and the last membrane of a rate neuron, without a graph.
+
+    `levels` has the membrane at which it fires, what a spike subtracts, and the spike's height.
+    """
+    x_TB = _dense(x_TB)
+    v_B = None if v_B is None else _like(v_B, x_TB)
+    constants = Constants(charge, decay, threshold=0.0, subtract=0.0)
+    s_TB, v_end_B, _ = _kernel(x_TB, "forward")(x_TB, v_B, None, levels, *constants, False)
+    return s_TB, v_end_B
 
 
 class _Fused(torch.autograd.Function):
@@ -199,9 +214,7 @@ def new_steps(x_TB: Tensor, dtype: torch.dtype) -> Tensor:
 
 def new_step(x_TB: Tensor, dtype: torch.dtype) -> Tensor:
     """An empty tensor for one time step of `x_TB`."""
-    return torch.empty_strided(
-        x_TB.shape[1:], x_TB.stride()[1:], dtype=dtype, device=x_TB.device
-    )
+    return torch.empty_strided(x_TB.shape[1:], x_TB.stride()[1:], dtype=dtype, device=x_TB.device)
 
 
 # ---------------------------------------------------------------------------------------- operators

@@ -1,0 +1,257 @@
+"""The neuron's kernels on an NVIDIA GPU: Triton, one program for each block of neurons.
+
+A program runs all time steps of its neurons with the membrane in registers, so each value is read
+and written once. The backward reads u, or computes u[t] for each t from the inputs up to t, which
+are in the cache.
+"""
+
+# T time, B batch
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+from triton import language as tl
+
+from pipeline.spiking.kernels.fused import new_step, new_steps
+
+BLOCK = 1024
+
+
+@triton.jit
+def _charge(v, x, decay, inverse_beta, CHARGE: tl.constexpr, SCALES: tl.constexpr):
+    """u from the membrane and the input, which is scaled in its own dtype, as in eager."""
+    current = x.to(tl.float32)
+    if SCALES:
+        current = (current * inverse_beta).to(x.dtype).to(tl.float32)
+    if CHARGE == 0:
+        return tl.fma(v, decay, current)
+    elif CHARGE == 1:
+        return tl.fma(v, decay, (1.0 - decay) * current)
+    else:  # as torch.lerp
+        nearer = tl.where(decay < 0.5, current, v)
+        return tl.fma(v - current, tl.where(decay < 0.5, decay, decay - 1.0), nearer)
+
+
+@triton.jit
+def _reset(u, threshold, subtract, TO_ZERO: tl.constexpr):
+    fires = u - threshold >= 0.0
+    return tl.where(fires, 0.0 if TO_ZERO else u - subtract, u)
+
+
+@triton.jit
+def _derivative(distance, a, b, SURROGATE: tl.constexpr):
+    """The surrogate's derivative; a, b and SURROGATE are those of `surrogate_constants`."""
+    if SURROGATE == 0:
+        return tl.maximum(a - b * tl.abs(distance), 0.0)
+    elif SURROGATE == 1:
+        e = tl.exp(-tl.abs(a * distance))
+        return a * e / ((1.0 + e) * (1.0 + e))
+    elif SURROGATE == 2:
+        return tl.where(tl.abs(distance) <= a, b, 0.0)
+    else:
+        z = a * distance
+        return b / (1.0 + z * z)
+
+
+@triton.jit
+def _forward(
+    x, v0, learnt_decay, levels, s, v_end, u, neurons, x_step, decay, threshold, subtract, gain,
+    inverse_beta, STEPS: tl.constexpr, CHARGE: tl.constexpr, TO_ZERO: tl.constexpr,
+    HAS_V: tl.constexpr, LEARNT: tl.constexpr, LEVELS: tl.constexpr, SCALES: tl.constexpr,
+    SAVES_U: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < neurons
+    if LEARNT:
+        decay = tl.load(learnt_decay).to(tl.float32)
+    if LEVELS:
+        threshold = tl.load(levels)
+        subtract = tl.load(levels + 1)
+        gain = tl.load(levels + 2)
+    v = tl.load(v0 + i, mask, 0.0) if HAS_V else tl.zeros((BLOCK,), tl.float32)
+    for t in range(STEPS):
+        v = _charge(v, tl.load(x + t * x_step + i, mask, 0.0), decay, inverse_beta, CHARGE, SCALES)
+        if SAVES_U:
+            tl.store(u + t * neurons + i, v, mask)
+        spikes = tl.where(v - threshold >= 0.0, gain, 0.0)
+        tl.store(s + t * neurons + i, spikes.to(s.dtype.element_ty), mask)
+        v = _reset(v, threshold, subtract, TO_ZERO)
+    tl.store(v_end + i, v, mask)
+
+
+@triton.jit
+def _backward(
+    u, x, v0, learnt_decay, g_s, g_v_end, g_x, g_v0, g_decay, neurons, x_step, g_s_step, decay,
+    threshold, subtract, gain, inverse_beta, a, b, STEPS: tl.constexpr, CHARGE: tl.constexpr,
+    TO_ZERO: tl.constexpr, HAS_U: tl.constexpr, HAS_V: tl.constexpr, LEARNT: tl.constexpr,
+    SCALES: tl.constexpr, HAS_G_S: tl.constexpr, HAS_G_V: tl.constexpr, NEEDS_V: tl.constexpr,
+    SURROGATE: tl.constexpr, RESET_GRADIENT: tl.constexpr, CUT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < neurons
+    if LEARNT:
+        decay = tl.load(learnt_decay).to(tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    g_v = tl.load(g_v_end + i, mask, 0.0) if HAS_G_V else tl.zeros((BLOCK,), tl.float32)
+    first = tl.load(v0 + i, mask, 0.0) if HAS_V else tl.zeros((BLOCK,), tl.float32)
+    for back in range(STEPS):
+        t = STEPS - 1 - back
+        v = first  # v[t-1]
+        if HAS_U:
+            u_t = tl.load(u + t * neurons + i, mask, 0.0)
+            if LEARNT and t > 0:
+                before = tl.load(u + (t - 1) * neurons + i, mask, 0.0)
+                v = _reset(before, threshold, subtract, TO_ZERO)
+        else:
+            for k in range(t):
+                x_k = tl.load(x + k * x_step + i, mask, 0.0)
+                u_k = _charge(v, x_k, decay, inverse_beta, CHARGE, SCALES)
+                v = _reset(u_k, threshold, subtract, TO_ZERO)
+            x_t = tl.load(x + t * x_step + i, mask, 0.0)
+            u_t = _charge(v, x_t, decay, inverse_beta, CHARGE, SCALES)
+        distance = u_t - threshold
+        g = tl.zeros((BLOCK,), tl.float32)
+        if HAS_G_S:
+            g_s_t = tl.load(g_s + t * g_s_step + i, mask, 0.0)
+            g = (g_s_t.to(tl.float32) * gain).to(g_s_t.dtype).to(tl.float32)
+        if RESET_GRADIENT:
+            g -= g_v * (u_t if TO_ZERO else subtract)
+        g = g * _derivative(distance, a, b, SURROGATE)
+        g += tl.where(distance >= 0.0, 0.0, g_v) if TO_ZERO else g_v
+        if LEARNT:
+            if CHARGE == 2:
+                x_t = tl.load(x + t * x_step + i, mask, 0.0)
+                v -= (x_t.to(tl.float32) * inverse_beta).to(x_t.dtype).to(tl.float32)
+            total += g * v
+        current = g if CHARGE == 0 else g * (1.0 - decay)
+        if SCALES:
+            current = current.to(g_x.dtype.element_ty).to(tl.float32) * inverse_beta
+        tl.store(g_x + t * neurons + i, current.to(g_x.dtype.element_ty), mask)
+        g_v = g * decay
+        if NEEDS_V and t == 0:
+            tl.store(g_v0 + i, g_v, mask)
+        if CUT:
+            g_v = tl.zeros((BLOCK,), tl.float32)
+    if LEARNT:
+        tl.store(g_decay + tl.program_id(0), tl.sum(tl.where(mask, total, 0.0), 0))
+
+
+def forward(
+    x_TB: Tensor,
+    v_B: Tensor | None,
+    learnt_decay: Tensor | None,
+    levels: Tensor | None,
+    charge: int,
+    decay: float,
+    threshold: float,
+    subtract: float | None,
+    gain: float,
+    beta: float,
+    saves_u: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`lif_forward` of `fused.py`."""
+    steps, neurons = len(x_TB), math.prod(x_TB.shape[1:])
+    s_TB, v_end_B = new_steps(x_TB, x_TB.dtype), new_step(x_TB, torch.float32)
+    u_TB = new_steps(x_TB, torch.float32) if saves_u else None
+    _forward[_grid(neurons)](
+        x_TB,
+        v_B,
+        learnt_decay,
+        levels,
+        s_TB,
+        v_end_B,
+        u_TB,
+        neurons,
+        x_TB.stride(0) if steps > 1 else 0,
+        decay,
+        threshold,
+        subtract or 0.0,
+        gain,
+        1 / beta,
+        STEPS=steps,
+        CHARGE=charge,
+        TO_ZERO=subtract is None and levels is None,
+        HAS_V=v_B is not None,
+        LEARNT=learnt_decay is not None,
+        LEVELS=levels is not None,
+        SCALES=beta != 1,
+        SAVES_U=saves_u,
+        BLOCK=BLOCK,
+        enable_fp_fusion=False,  # type: ignore[call-arg]  # of the compiler
+    )
+    return s_TB, v_end_B, u_TB
+
+
+def backward(
+    u_TB: Tensor | None,
+    x_TB: Tensor | None,
+    v_B: Tensor | None,
+    learnt_decay: Tensor | None,
+    g_s_TB: Tensor | None,
+    g_v_B: Tensor | None,
+    dtype: torch.dtype,
+    charge: int,
+    decay: float,
+    threshold: float,
+    subtract: float | None,
+    gain: float,
+    beta: float,
+    surrogate: int,
+    a: float,
+    b: float,
+    reset_gradient: bool,
+    cut: bool,
+    needs_v: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`lif_backward` of `fused.py`."""
+    like = x_TB if u_TB is None else u_TB
+    assert like is not None
+    steps, neurons = len(like), math.prod(like.shape[1:])
+    g_x_TB = new_steps(like, dtype)
+    g_v0_B = new_step(like, torch.float32) if needs_v else None
+    sums = None
+    if learnt_decay is not None:
+        sums = torch.empty(_grid(neurons), dtype=torch.float32, device=like.device)
+    _backward[_grid(neurons)](
+        u_TB,
+        x_TB,
+        v_B,
+        learnt_decay,
+        g_s_TB,
+        g_v_B,
+        g_x_TB,
+        g_v0_B,
+        sums,
+        neurons,
+        x_TB.stride(0) if x_TB is not None and steps > 1 else 0,
+        g_s_TB.stride(0) if g_s_TB is not None and steps > 1 else 0,
+        decay,
+        threshold,
+        subtract or 0.0,
+        gain,
+        1 / beta,
+        a,
+        b,
+        STEPS=steps,
+        CHARGE=charge,
+        TO_ZERO=subtract is None,
+        HAS_U=u_TB is not None,
+        HAS_V=v_B is not None,
+        LEARNT=learnt_decay is not None,
+        SCALES=beta != 1,
+        HAS_G_S=g_s_TB is not None,
+        HAS_G_V=g_v_B is not None,
+        NEEDS_V=needs_v,
+        SURROGATE=surrogate,
+        RESET_GRADIENT=reset_gradient,
+        CUT=cut,
+        BLOCK=BLOCK,
+        enable_fp_fusion=False,  # type: ignore[call-arg]  # of the compiler
+    )
+    return g_x_TB, g_v0_B, None if sums is None else sums.sum().view(1).to(dtype)
+
+
+def _grid(neurons: int) -> tuple[int]:
+    return (triton.cdiv(neurons, BLOCK),)

@@ -1,0 +1,42 @@
+"""A part of the kernel cases in Triton's interpreter, in a process of their own:
+
+TRITON_INTERPRET=1 python -m tests.helpers.triton_cases PART PARTS
+"""
+
+import sys
+
+import torch
+
+from pipeline.spiking.kernels import cuda, fused
+from tests.helpers.kernel_cases import cases, distance, outcome
+
+# The interpreter cuts the last bits of a bf16 off, at each of three roundings.
+BOUNDS = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 3 * 2**-7}
+
+
+def main(part: int, parts: int) -> None:
+    """Inputs are multiples of 1/8, on which the interpreter's products and sums are exact."""
+    torch.manual_seed(part)
+    torch.set_num_threads(1)
+    fused._module = lambda name: cuda  # type: ignore[assignment]
+    held = 0
+    for case in list(cases())[part::parts]:
+        case = case._replace(beta=1.0 if case.beta == 1 else 2.0, decay=0.5)
+        for dtype, bound in BOUNDS.items():
+            x_TB = ((torch.randn(case.steps, 3, 50) * 12 + 4).round() / 8).to(dtype)
+            g_TB = torch.randn(case.steps, 3, 50).to(dtype)
+            spikes, v_B, g_x_TB, *decays = outcome(case, "auto", x_TB, g_TB)
+            eager_spikes, eager_v_B, eager_g_x_TB, *eager_decays = outcome(
+                case, "eager", x_TB, g_TB
+            )
+            assert torch.equal(spikes, eager_spikes) and torch.equal(v_B, eager_v_B), (case, dtype)
+            assert distance(g_x_TB, eager_g_x_TB) <= bound, (case, dtype)
+            for one, other in zip(decays, eager_decays, strict=True):
+                difference = abs(float(one - other))
+                assert difference <= bound * float(g_TB.float().abs().sum()), (case, dtype)
+            held += 1
+    print(held, "held")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

@@ -1,0 +1,146 @@
+"""The numba kernels of neurons against eager torch, and what stands around them."""
+
+from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.spiking.encode import repeat
+from pipeline.spiking.kernels import cpu, fused
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.rate import RateIF, RateLIF
+from pipeline.spiking.state import fresh_state
+from pipeline.spiking.surrogate import ATan
+from tests.helpers.kernel_cases import cases, distance, outcome
+
+CASES = list(cases())
+# Gradients of a decay are sums, so their rounding grows with the number of terms.
+BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def test_there_are_enough_cases():
+    assert len(CASES) * len(BOUNDS) > 1500
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("neuron", ["LIF", "IF", "PLIF"])
+def test_spikes_have_the_same_bits_and_gradients_their_rounding(neuron, dtype):
+    torch.manual_seed(0)
+    for case in CASES:
+        if case.neuron == neuron:
+            x_TB = (torch.randn(case.steps, 3, 701) * 1.5 + 0.5).to(dtype)
+            g_TB = torch.randn(case.steps, 3, 701).to(dtype)
+            spikes, v_B, g_x_TB, *g_decay = outcome(case, "auto", x_TB, g_TB)
+            eager_spikes, eager_v_B, eager_g_x_TB, *eager_g_decay = outcome(
+                case, "eager", x_TB, g_TB
+            )
+            assert torch.equal(spikes, eager_spikes) and torch.equal(v_B, eager_v_B), case
+            assert distance(g_x_TB, eager_g_x_TB) <= BOUNDS[dtype], case
+            for one, other in zip(g_decay, eager_g_decay, strict=True):
+                assert abs(float(one - other)) <= 1e-5 * float(g_TB.float().abs().sum()), case
+
+
+def ran(x_TB: Tensor, kernel: str = "auto", lif: LIF | None = None) -> tuple[Tensor, Tensor]:
+    """Spikes and the gradient of their sum, weighted by time."""
+    lif = LIF(0.4, surrogate=ATan(2.0), kernel=kernel) if lif is None else lif  # type: ignore[arg-type]
+    x_TB = x_TB.detach().requires_grad_()
+    with fresh_state(lif):
+        s_TB = lif(x_TB)
+    weights_T = torch.arange(1.0, len(x_TB) + 1).view(-1, *[1] * (x_TB.dim() - 1))
+    return s_TB.detach(), torch.autograd.grad((s_TB * weights_T).sum(), x_TB)[0]
+
+
+ORDERS = {
+    "static": lambda: repeat(torch.randn(4, 3, 6, 6) * 2, 3),
+    "channels last": lambda: (
+        torch.randn(12, 3, 6, 6)
+        .mul_(2)
+        .contiguous(memory_format=torch.channels_last)
+        .unflatten(0, (3, 4))
+    ),
+    "static, channels last": lambda: repeat(
+        torch.randn(4, 3, 6, 6).mul_(2).contiguous(memory_format=torch.channels_last), 3
+    ),
+    "batch first": lambda: torch.randn(4, 3, 5).mul_(2).transpose(0, 1),
+    "every second": lambda: torch.randn(3, 4, 10).mul_(2)[..., ::2],
+    "no neuron": lambda: torch.randn(3, 0, 5),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_any_order_of_memory_is_taken_and_channels_stay_last(order: str):
+    torch.manual_seed(1)
+    x_TB = ORDERS[order]()
+    s_TB, g_TB = ran(x_TB)
+    expected = ran(x_TB.contiguous(), "eager")
+    assert torch.equal(s_TB, expected[0]) and torch.allclose(g_TB, expected[1], rtol=0, atol=1e-6)
+    if "channels last" in order:
+        assert s_TB[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_threads_share_the_blocks_and_change_no_bit():
+    x_TB, threads = torch.randn(4, 3, 50_001) * 2, torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = ran(x_TB)
+        torch.set_num_threads(3)
+        with ThreadPoolExecutor(2) as others:
+            for each in (ran(x_TB), *others.map(ran, [x_TB] * 4)):
+                assert all(map(torch.equal, each, alone))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("build", [RateIF, RateLIF])
+def test_rate_neurons_have_eagers_bits(build, dtype):
+    outputs, membranes = [], []
+    for kernel in ("auto", "eager"):
+        neuron = build(kernel=kernel)
+        torch.manual_seed(0)
+        with fresh_state(neuron):
+            x_TB = (torch.randn(6, 3, 2001) * neuron.threshold.detach() * 2 / neuron.gain).to(dtype)
+            slices = [neuron.run_without_gradient(x_cB) for x_cB in x_TB.split([2, 4])]
+            outputs.append(torch.cat(slices))
+            membranes.append(neuron.state.values["v"])
+    assert torch.equal(*outputs) and torch.equal(*membranes) and outputs[0].count_nonzero() > 500
+
+
+class Steeper(ATan):
+    """A user's surrogate."""
+
+    def derivative(self, u_minus_threshold: Tensor) -> Tensor:
+        return 2 * super().derivative(u_minus_threshold)
+
+
+class Leaky(LIF):
+    """A user's neuron."""
+
+    def charge(self, x_B: Tensor, v_B: Tensor) -> Tensor:
+        return x_B + v_B * 0.3
+
+
+def halving() -> LIF:
+    lif = LIF()
+    lif.carry = lambda v_B: v_B / 2
+    return lif
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: LIF(surrogate=Steeper(2.0)), Leaky, halving, lambda: LIF(kernel="eager")]
+)
+def test_what_the_kernels_do_not_know_runs_in_torch(build, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu, "forward", Mock(side_effect=AssertionError))
+    assert ran(torch.randn(3, 4, 5) * 2, lif=build())[1].count_nonzero() > 0
+    with pytest.raises(AssertionError):
+        ran(torch.randn(3, 4, 5))
+
+
+def test_without_numba_torch_runs(monkeypatch: pytest.MonkeyPatch):
+    x_TB = torch.randn(3, 4, 5) * 2
+    expected = ran(x_TB)
+    monkeypatch.setattr(fused, "_is_installed", lambda package: False)
+    monkeypatch.setattr(cpu, "forward", Mock(side_effect=AssertionError))
+    assert torch.equal(ran(x_TB)[0], expected[0])
