@@ -47,7 +47,10 @@ from pipeline.train.tasks import tasks_of
 
 # Operations that move no bytes, besides views and queries of a tensor's properties.
 _ATEN = torch.ops.aten
-_FREE = (_ATEN.detach, _ATEN._unsafe_view, _ATEN.as_strided_, _ATEN.empty)
+_FREE = (
+    *(_ATEN.detach, _ATEN._unsafe_view, _ATEN.as_strided_, _ATEN.empty, _ATEN.empty_like),
+    *(_ATEN.empty_strided, _ATEN.new_empty, _ATEN.new_empty_strided),
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class KernelLog(TorchDispatchMode, Pausable):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         moves_nothing = func.is_view or func.namespace == "prim" or func.overloadpacket in _FREE
-        if not self.is_paused and not moves_nothing:
+        if not self.is_paused and not moves_nothing and _tensors(result):
             count = flop_registry.get(func.overloadpacket)
             flops = count(*args, **kwargs, out_val=result) if count is not None else 0
             self.operations.append(Operation(int(flops), _moved_bytes([args, kwargs, result])))
@@ -268,6 +271,9 @@ def _moved_bytes(values: Any) -> int:
             for size, stride in zip(each.shape, each.stride(), strict=True)
             if stride or size < 2
         )
-        for each in tree_leaves(values)
-        if isinstance(each, Tensor)
+        for each in _tensors(values)
     )
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [each for each in tree_leaves(values) if isinstance(each, Tensor)]

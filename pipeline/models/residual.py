@@ -53,6 +53,7 @@ from pipeline.models.parts import (
     variance_gain,
 )
 from pipeline.spiking.dropout import DropPath
+from pipeline.spiking.kernels.scaled_add import scaled_add
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.synapse import Conv2d
@@ -370,7 +371,7 @@ class Residual(nn.Module):
         branch = self.drop_path(self.branch(h))
         if self.skip_gain is None or self.alpha is None:
             return self.last(shortcut + branch)
-        return self.last(torch.addcmul(shortcut, branch, self.skip_gain, value=self.alpha))
+        return self.last(scaled_add(shortcut, branch, self.skip_gain, self.alpha))
 
 
 class Repeat(nn.Module):

@@ -53,7 +53,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeline.core.checks import refuse_unless_one_of, require
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.state import State, fresh_state, set_temporarily, temporary_hooks
+from pipeline.spiking.state import fresh_state, set_temporarily, temporary_hooks
 from pipeline.spiking.synapse import Conv2d, Linear
 
 Binarization = Literal["scaled", "centred", "ir", "learnable"]
@@ -89,7 +89,6 @@ def binarize(synapse: Linear | Conv2d, weights: Binarization = "scaled") -> None
         f"binarize: the weights must be plain before they are 1-bit; got {synapse.weights} weights",
     )
     synapse.binarizer = Binarizer(synapse.weight, weights)
-    synapse.state = State(type(synapse).__name__)
     synapse.weights = "1-bit"
 
 
@@ -152,7 +151,7 @@ class Binarizer(nn.Module):
 
 def unbinarize(synapse: Linear | Conv2d) -> None:
     """Make a 1-bit synapse plain again. Its latent weight becomes its weight."""
-    synapse.binarizer = synapse.state = None
+    synapse.binarizer = None
     synapse.weights = "plain"
 
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_one_of, require
-from pipeline.spiking.kernels import fused
+from pipeline.spiking.kernels import neuron as fused
+from pipeline.spiking.kernels.operators import has_kernels, membrane_dtype
 from pipeline.spiking.state import State
 from pipeline.spiking.surrogate import Surrogate, Triangle, heaviside
 
@@ -149,7 +150,7 @@ class LIF(nn.Module):
             or self.custom_forward is not None
             or not is_ours
             or self.carry not in (identity, torch.detach)
-            or not fused.has_kernel(x_TB)
+            or not has_kernels(x_TB)
         ):
             return None
         return fused.surrogate_constants(self.surrogate)
@@ -175,9 +176,7 @@ class LIF(nn.Module):
         """The membrane v before the first step of the slice `x_TB`; 0 at the start of a batch."""
         v_B = self.last_membrane(x_TB)
         if v_B is None:
-            return x_TB.new_zeros(
-                x_TB.shape[1:], dtype=torch.promote_types(x_TB.dtype, torch.float32)
-            )
+            return x_TB.new_zeros(x_TB.shape[1:], dtype=membrane_dtype(x_TB))
         return v_B
 
     def last_membrane(self, x_TB: Tensor) -> Tensor | None:

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.checks import require
-from pipeline.spiking.kernels import fused
+from pipeline.spiking.kernels import neuron as fused
+from pipeline.spiking.kernels.operators import has_kernels, membrane_dtype
 from pipeline.spiking.neuron import LIF, Kernel
 from pipeline.spiking.state import State
 from pipeline.spiking.surrogate import Surrogate, Triangle, spike
@@ -103,8 +104,8 @@ class RateNeuron(LIF):
     @torch.no_grad()
     def run_without_gradient(self, x_TB: Tensor) -> Tensor:
         """The output of all steps of `x_TB`, for a rule with its own backward."""
-        if self.kernel == "auto" and fused.has_kernel(x_TB):
-            dtype = torch.promote_types(x_TB.dtype, torch.float32)
+        if self.kernel == "auto" and has_kernels(x_TB):
+            dtype = membrane_dtype(x_TB)
             threshold = self.clamped_threshold().to(dtype)
             out_TB, v_B = fused.run_rates(
                 x_TB,
@@ -235,7 +236,7 @@ def rate_weights(decay: float, x_TB: Tensor) -> Tensor:
     total = sum(powers)
     return torch.tensor(
         [power / total for power in powers],
-        dtype=torch.promote_types(x_TB.dtype, torch.float32),
+        dtype=membrane_dtype(x_TB),
         device=x_TB.device,
     )
 

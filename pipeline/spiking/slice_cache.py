@@ -54,26 +54,26 @@ class SliceCache:
         self.needs_graph = torch.is_grad_enabled()
         self.frame_B: Tensor | None = None
         self._is_computing = False
-        self._computed: list[tuple[State, Tensor]] = []
+        self._computed: list[tuple[State, str, Tensor]] = []
 
-    def once(self, state: State, compute: Callable[[], Tensor]) -> Tensor:
-        """The value of the module with the state `state`, for the current slice.
+    def once(self, state: State, compute: Callable[[], Tensor], name: str = "y") -> Tensor:
+        """The value `name` of the module with the state `state`, for the current slice.
 
         The first call runs `compute` and caches the result in `state`. Inside another `compute`,
         the result is not cached, because the result of the other `compute` contains it.
         """
         if self._is_computing:
             return compute()
-        y = state.read("y")
+        y = state.read(name)
         if y is None:
             # The first slice may run without gradients although a later slice needs the graph. With
             # one backward call, all slices have the same mode.
             has_graph = torch.is_grad_enabled() if self.backwards == "one" else self.needs_graph
             with torch.set_grad_enabled(has_graph), set_temporarily([self], "_is_computing", True):
                 y = compute()
-            state.write("y", y)
+            state.write(name, y)
             if y.requires_grad:
-                self._computed.append((state, y))
+                self._computed.append((state, name, y))
         if (
             self.backwards == "one"
             or self.is_last
@@ -82,7 +82,7 @@ class SliceCache:
         ):
             return y
         return _CollectGradient.apply(  # type: ignore[return-value]
-            y.detach().requires_grad_(), state
+            y.detach().requires_grad_(), state, f"gradient of {name}"
         )
 
     def with_gradients(self, loss: Tensor) -> Tensor:
@@ -93,9 +93,9 @@ class SliceCache:
         """
         if self.backwards == "one" or not self.is_last or not self._computed:
             return loss
-        states, values = zip(*self._computed, strict=True)
-        # apply is untyped
-        return _AddGradients.apply(loss, states, *values)  # type: ignore[return-value]
+        keys = [(state, f"gradient of {name}") for state, name, _ in self._computed]
+        values = (y for *_, y in self._computed)
+        return _AddGradients.apply(loss, keys, *values)  # type: ignore[return-value]  # untyped
 
 
 class _CollectGradient(torch.autograd.Function):
@@ -107,33 +107,33 @@ class _CollectGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, state: State) -> Tensor:
-        ctx.state = state
+    def forward(ctx: Any, y: Tensor, state: State, name: str) -> Tensor:
+        ctx.state, ctx.name = state, name
         return y.view_as(y)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, None, None]:
         (g,) = grad_outputs
-        total = ctx.state.read("gradient")
+        total = ctx.state.read(ctx.name)
         if total is None:
             total = g.to(torch.promote_types(g.dtype, torch.float32), copy=True)
-            ctx.state.write("gradient", total)
+            ctx.state.write(ctx.name, total)
         else:
             total.add_(g)
-        return None, None
+        return None, None, None
 
 
 class _AddGradients(torch.autograd.Function):
     """The loss. Its backward also gives each of `values` the sum of gradients in its state."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, states: tuple[State, ...], *values: Tensor) -> Tensor:
-        ctx.states = states
+    def forward(ctx: Any, loss: Tensor, keys: list[tuple[State, str]], *values: Tensor) -> Tensor:
+        ctx.keys = keys
         return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return (grad_outputs[0], None, *(state.read("gradient") for state in ctx.states))
+        return (grad_outputs[0], None, *(state.read(name) for state, name in ctx.keys))
 
 
 @contextmanager

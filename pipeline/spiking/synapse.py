@@ -76,7 +76,7 @@ class _Synapse(nn.Module):
             self.gain = nn.Parameter(torch.ones(len(self.weight), *[1] * (self.weight.dim() - 1)))
         self.binarizer: nn.Module | None = None
         self.slice_cache: SliceCache | None = None
-        self.state = None if self.gain is None else State(type(self).__name__)
+        self.state = State(type(self).__name__)
         self.presynaptic: Presynaptic | None = None
         self.backward_weight: BackwardWeight | None = None
 
@@ -100,12 +100,12 @@ class Linear(nn.Linear, _Synapse):
                 "Linear: the input must be time first, [T, B, ..., C]; got shape"
                 f" {tuple(input.shape)}"
             )
-        weight = _weight_for(self, input) if weight is None else weight
+        weight, bias = _operands(self, input, weight)
         if self.presynaptic is None and self.backward_weight is None:
             if is_static(input):
-                return repeat(F.linear(input[0], weight, self.bias), len(input))
-            return F.linear(input, weight, self.bias)
-        return _with_seams(self, input, weight)
+                return repeat(F.linear(input[0], weight, bias), len(input))
+            return F.linear(input, weight, bias)
+        return _with_seams(self, input, weight, bias)
 
 
 class Conv2d(nn.Conv2d, _Synapse):
@@ -144,11 +144,11 @@ class Conv2d(nn.Conv2d, _Synapse):
                 "Conv2d: the input must be time first, [T, B, C, H, W]; got shape"
                 f" {tuple(input.shape)}"
             )
-        weight = _weight_for(self, input) if weight is None else weight
+        weight, bias = _operands(self, input, weight)
         if self.presynaptic is None and self.backward_weight is None:
-            return apply_folded(lambda x_NCHW: self._conv_forward(x_NCHW, weight, self.bias), input)
+            return apply_folded(lambda x_NCHW: self._conv_forward(x_NCHW, weight, bias), input)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return _with_seams(self, input, weight, geometry)
+        return _with_seams(self, input, weight, bias, geometry)
 
 
 def effective_weight(synapse: Linear | Conv2d) -> Tensor:
@@ -158,12 +158,34 @@ def effective_weight(synapse: Linear | Conv2d) -> Tensor:
     return synapse.weight if synapse.gain is None else _standardized(synapse.weight, synapse.gain)
 
 
-def _weight_for(synapse: Linear | Conv2d, x_TB: Tensor) -> Tensor:
-    """The effective weight, from the cache if `x_TB` has only a part of the T steps."""
-    cache = synapse.slice_cache
-    if cache is None or synapse.state is None or len(x_TB) == cache.steps:
-        return effective_weight(synapse)
-    return cache.once(synapse.state, partial(effective_weight, synapse))
+def _operands(
+    synapse: Linear | Conv2d, x_TB: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The weight, unless it is given, and the bias, in the dtype of the product.
+
+    If `x_TB` has only a part of the T steps, what has to be computed for them is taken from the
+    cache: standardised and 1-bit weights, and operands that autocast would convert at each slice.
+    """
+    cache, bias, dtype = synapse.slice_cache, synapse.bias, autocast_dtype(x_TB)
+    if cache is None or len(x_TB) == cache.steps:
+        return effective_weight(synapse) if weight is None else weight, bias
+    is_computed = synapse.gain is not None or synapse.binarizer is not None
+    if weight is None and (is_computed or dtype is not None):
+        weight = cache.once(synapse.state, partial(_weight_in, synapse, dtype))
+    if bias is not None and dtype is not None:
+        bias = cache.once(synapse.state, partial(bias.to, dtype), "bias")
+    return effective_weight(synapse) if weight is None else weight, bias
+
+
+def _weight_in(synapse: Linear | Conv2d, dtype: torch.dtype | None) -> Tensor:
+    weight = effective_weight(synapse)
+    return weight if dtype is None else weight.to(dtype)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast converts the operands of products; None: autocast is off."""
+    device = "cpu" if x.is_meta else x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _standardized(weight: Tensor, gain: Tensor) -> Tensor:
@@ -197,7 +219,11 @@ def error_weight(weight: Tensor, backward_weight: BackwardWeight | None) -> Tens
 
 
 def _with_seams(
-    synapse: Linear | Conv2d, x_TB: Tensor, weight: Tensor, geometry: tuple[Any, ...] | None = None
+    synapse: Linear | Conv2d,
+    x_TB: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: tuple[Any, ...] | None = None,
 ) -> Tensor:
     """The output of a synapse with a seam, which changes its backward.
 
@@ -215,13 +241,12 @@ def _with_seams(
             f"presynaptic: the factor must have the shape of the input, {tuple(x_TB.shape)}; got"
             f" {tuple(factor_TB.shape)}"
         )
-    device = x_TB.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dtype = autocast_dtype(x_TB) or weight.dtype
     return _WithSeams.apply(  # type: ignore[return-value]
         x_TB.to(dtype),
         factor_TB.to(dtype),
         weight.to(dtype),
-        None if synapse.bias is None else synapse.bias.to(dtype),
+        None if bias is None else bias.to(dtype),
         synapse.backward_weight,
         geometry,
     )

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from pipeline.spiking.kernels import cuda, fused
+from pipeline.spiking.kernels import cuda, operators
 from tests.helpers.kernel_cases import cases, distance, outcome
 
 # The interpreter cuts the last bits of a bf16 off, at each of three roundings.
@@ -18,7 +18,7 @@ def main(part: int, parts: int) -> None:
     """Inputs are multiples of 1/8, on which the interpreter's products and sums are exact."""
     torch.manual_seed(part)
     torch.set_num_threads(1)
-    fused._module = lambda name: cuda  # type: ignore[assignment]
+    operators._import = lambda module: cuda  # type: ignore[assignment]
     held = 0
     for case in list(cases())[part::parts]:
         case = case._replace(beta=1.0 if case.beta == 1 else 2.0, decay=0.5)

@@ -25,7 +25,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from pipeline.spiking.kernels.fused import new_step, new_steps
+from pipeline.spiking.kernels.operators import membrane_dtype, new_step, new_steps
 
 _intrinsic: Any = intrinsic  # numba's types are of what is compiled
 BLOCK = 1024  # neurons; their values of one time step take 4 kB
@@ -278,7 +278,7 @@ _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
 _NO_SUMS = np.empty(0)
 
 
-def forward(
+def lif_forward(
     x_TB: Tensor,
     v_B: Tensor | None,
     learnt_decay: Tensor | None,
@@ -291,8 +291,8 @@ def forward(
     beta: float,
     saves_u: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`lif_forward` of `fused.py`."""
-    x_dtype, dtype = x_TB.dtype, torch.promote_types(x_TB.dtype, torch.float32)
+    """The forward of `neuron.py`."""
+    x_dtype, dtype = x_TB.dtype, membrane_dtype(x_TB)
     if x_dtype != dtype:
         if beta != 1:
             x_TB, beta = x_TB / beta, 1.0  # rounded in its own dtype, as in eager
@@ -326,7 +326,7 @@ def forward(
     return s_TB.to(x_dtype), v_end_B, u_TB
 
 
-def backward(
+def lif_backward(
     u_TB: Tensor | None,
     x_TB: Tensor | None,
     v_B: Tensor | None,
@@ -347,10 +347,10 @@ def backward(
     cut: bool,
     needs_v: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`lif_backward` of `fused.py`."""
+    """The backward of `neuron.py`."""
     if u_TB is None:
         assert x_TB is not None
-        *_, u_TB = forward(
+        *_, u_TB = lif_forward(
             x_TB, v_B, learnt_decay, None, charge, decay, threshold, subtract, gain, beta, True
         )
         assert u_TB is not None
@@ -401,3 +401,16 @@ def backward(
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
+
+
+def scaled_add_forward(x_TB: Tensor, b_TB: Tensor, gain: Tensor, alpha: float) -> Tensor:
+    """The forward of `scaled_add.py`: torch needs no other kernel on a CPU."""
+    return torch.addcmul(x_TB, b_TB, gain.to(b_TB.dtype), value=alpha)
+
+
+def scaled_add_backward(
+    g_TB: Tensor, b_TB: Tensor, gain: Tensor, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """The backward of `scaled_add.py`."""
+    g_b_TB = g_TB * (gain * alpha).to(g_TB.dtype)
+    return g_b_TB, (alpha * (g_TB * b_TB).sum(dtype=gain.dtype)).view(1)

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from pipeline.spiking.kernels.fused import new_step, new_steps
+from pipeline.spiking.kernels.operators import new_step, new_steps
 
 BLOCK = 1024
 
@@ -138,7 +138,7 @@ def _backward(
         tl.store(g_decay + tl.program_id(0), tl.sum(tl.where(mask, total, 0.0), 0))
 
 
-def forward(
+def lif_forward(
     x_TB: Tensor,
     v_B: Tensor | None,
     learnt_decay: Tensor | None,
@@ -151,7 +151,7 @@ def forward(
     beta: float,
     saves_u: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`lif_forward` of `fused.py`."""
+    """The forward of `neuron.py`."""
     steps, neurons = len(x_TB), math.prod(x_TB.shape[1:])
     s_TB, v_end_B = new_steps(x_TB, x_TB.dtype), new_step(x_TB, torch.float32)
     u_TB = new_steps(x_TB, torch.float32) if saves_u else None
@@ -164,7 +164,7 @@ def forward(
         v_end_B,
         u_TB,
         neurons,
-        x_TB.stride(0) if steps > 1 else 0,
+        _step(x_TB),
         decay,
         threshold,
         subtract or 0.0,
@@ -184,7 +184,7 @@ def forward(
     return s_TB, v_end_B, u_TB
 
 
-def backward(
+def lif_backward(
     u_TB: Tensor | None,
     x_TB: Tensor | None,
     v_B: Tensor | None,
@@ -205,7 +205,7 @@ def backward(
     cut: bool,
     needs_v: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """`lif_backward` of `fused.py`."""
+    """The backward of `neuron.py`."""
     like = x_TB if u_TB is None else u_TB
     assert like is not None
     steps, neurons = len(like), math.prod(like.shape[1:])
@@ -225,8 +225,8 @@ def backward(
         g_v0_B,
         sums,
         neurons,
-        x_TB.stride(0) if x_TB is not None and steps > 1 else 0,
-        g_s_TB.stride(0) if g_s_TB is not None and steps > 1 else 0,
+        0 if x_TB is None else _step(x_TB),
+        0 if g_s_TB is None else _step(g_s_TB),
         decay,
         threshold,
         subtract or 0.0,
@@ -255,3 +255,56 @@ def backward(
 
 def _grid(neurons: int) -> tuple[int]:
     return (triton.cdiv(neurons, BLOCK),)
+
+
+@triton.jit
+def _scaled_add(x, b, gain, y, alpha, size, x_step, b_step, step, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    t, n = i // step, i % step
+    x_i = tl.load(x + t * x_step + n, mask, 0.0).to(tl.float32)
+    b_i = tl.load(b + t * b_step + n, mask, 0.0).to(tl.float32)
+    y_i = tl.fma(b_i, alpha * tl.load(gain).to(tl.float32), x_i)
+    tl.store(y + i, y_i.to(y.dtype.element_ty), mask)
+
+
+@triton.jit
+def _scaled_add_backward(
+    g, b, gain, g_b, sums, alpha, size, g_step, b_step, step, BLOCK: tl.constexpr
+):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    t, n = i // step, i % step
+    g_i = tl.load(g + t * g_step + n, mask, 0.0).to(tl.float32)
+    b_i = tl.load(b + t * b_step + n, mask, 0.0).to(tl.float32)
+    g_b_i = g_i * (alpha * tl.load(gain).to(tl.float32))
+    tl.store(g_b + i, g_b_i.to(g_b.dtype.element_ty), mask)
+    tl.store(sums + tl.program_id(0), tl.sum(g_i * b_i, 0))
+
+
+def scaled_add_forward(x_TB: Tensor, b_TB: Tensor, gain: Tensor, alpha: float) -> Tensor:
+    """The forward of `scaled_add.py`."""
+    y_TB = new_steps(b_TB, b_TB.dtype)
+    size, step = y_TB.numel(), math.prod(y_TB.shape[1:])
+    _scaled_add[_grid(size)](
+        x_TB, b_TB, gain, y_TB, alpha, size, _step(x_TB), _step(b_TB), step, BLOCK=BLOCK
+    )
+    return y_TB
+
+
+def scaled_add_backward(
+    g_TB: Tensor, b_TB: Tensor, gain: Tensor, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """The backward of `scaled_add.py`."""
+    g_b_TB = new_steps(b_TB, b_TB.dtype)
+    size, step = g_b_TB.numel(), math.prod(g_b_TB.shape[1:])
+    sums = torch.empty(_grid(size), dtype=torch.float32, device=b_TB.device)
+    _scaled_add_backward[_grid(size)](
+        g_TB, b_TB, gain, g_b_TB, sums, alpha, size, _step(g_TB), _step(b_TB), step, BLOCK=BLOCK
+    )
+    return g_b_TB, sums.sum(dtype=gain.dtype).mul_(alpha).view(1)
+
+
+def _step(x_TB: Tensor) -> int:
+    """The distance between time steps; 0 for a static input."""
+    return x_TB.stride(0) if len(x_TB) > 1 else 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.spiking.encode import repeat
-from pipeline.spiking.kernels import cpu, fused
+from pipeline.spiking.kernels import cpu, operators
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.rate import RateIF, RateLIF
 from pipeline.spiking.state import fresh_state
@@ -132,7 +132,7 @@ def halving() -> LIF:
     "build", [lambda: LIF(surrogate=Steeper(2.0)), Leaky, halving, lambda: LIF(kernel="eager")]
 )
 def test_what_the_kernels_do_not_know_runs_in_torch(build, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cpu, "forward", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(cpu, "lif_forward", Mock(side_effect=AssertionError))
     assert ran(torch.randn(3, 4, 5) * 2, lif=build())[1].count_nonzero() > 0
     with pytest.raises(AssertionError):
         ran(torch.randn(3, 4, 5))
@@ -141,6 +141,6 @@ def test_what_the_kernels_do_not_know_runs_in_torch(build, monkeypatch: pytest.M
 def test_without_numba_torch_runs(monkeypatch: pytest.MonkeyPatch):
     x_TB = torch.randn(3, 4, 5) * 2
     expected = ran(x_TB)
-    monkeypatch.setattr(fused, "_is_installed", lambda package: False)
-    monkeypatch.setattr(cpu, "forward", Mock(side_effect=AssertionError))
+    monkeypatch.setattr(operators, "_is_installed", lambda package: False)
+    monkeypatch.setattr(cpu, "lif_forward", Mock(side_effect=AssertionError))
     assert torch.equal(ran(x_TB)[0], expected[0])

@@ -13,23 +13,27 @@ membrane take fewer bytes than u, the forward keeps them instead, and the backwa
 # T time, B batch
 
 import math
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from pipeline.spiking.kernels.operators import (
+    define,
+    dense,
+    kernel,
+    like,
+    like_steps,
+    membrane_dtype,
+    new_step,
+    new_steps,
+)
 from pipeline.spiking.surrogate import ATan, Rectangle, Sigmoid, Surrogate, Triangle
 
 # u from the current c = x / beta and the membrane v: decay v + c, decay v + (1 - decay) c, or
 # c + decay (v - c), which is torch.lerp.
 ADDED, SCALED, INTERPOLATED = range(3)
 TRIANGLE, SIGMOID, RECTANGLE, ATAN = range(4)
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_PACKAGES = {"cpu": "numba", "cuda": "triton"}
 
 
 class Constants(NamedTuple):
@@ -43,18 +47,6 @@ class Constants(NamedTuple):
     subtract: float | None
     gain: float = 1.0
     beta: float = 1.0
-
-
-def has_kernel(x: Tensor) -> bool:
-    """Whether there are kernels for the device and dtype of `x`. They count on fake tensors too."""
-    if x.dtype not in _DTYPES:
-        return False
-    return isinstance(x, FakeTensor) or x.is_meta or _is_installed(_PACKAGES.get(x.device.type))
-
-
-@cache
-def _is_installed(package: str | None) -> bool:
-    return package is not None and find_spec(package) is not None
 
 
 def surrogate_constants(surrogate: Surrogate) -> tuple[int, float, float] | None:
@@ -87,8 +79,8 @@ def run(
         v_B: the first membrane; None: 0.
         cut: whether the membrane is a constant between time steps. Then the last has no graph.
     """
-    x_TB = _dense(x_TB)
-    v_B = None if v_B is None else _like(v_B, x_TB)
+    x_TB = dense(x_TB)
+    v_B = None if v_B is None else like(v_B, x_TB)
     needs_backward = torch.is_grad_enabled() and any(
         each is not None and each.requires_grad for each in (x_TB, v_B, learnt_decay)
     )
@@ -105,10 +97,10 @@ def run_rates(
 
     `levels` has the membrane at which it fires, what a spike subtracts, and the spike's height.
     """
-    x_TB = _dense(x_TB)
-    v_B = None if v_B is None else _like(v_B, x_TB)
+    x_TB = dense(x_TB)
+    v_B = None if v_B is None else like(v_B, x_TB)
     constants = Constants(charge, decay, threshold=0.0, subtract=0.0)
-    s_TB, v_end_B, _ = _kernel(x_TB, "forward")(x_TB, v_B, None, levels, *constants, False)
+    s_TB, v_end_B, _ = kernel("lif_forward", x_TB)(x_TB, v_B, None, levels, *constants, False)
     return s_TB, v_end_B
 
 
@@ -126,7 +118,7 @@ class _Fused(torch.autograd.Function):
         needs_backward: bool,
     ) -> tuple[Tensor, Tensor]:
         saves_u = needs_backward and not _inputs_are_smaller(x_TB, v_B)
-        s_TB, v_end_B, u_TB = _kernel(x_TB, "forward")(
+        s_TB, v_end_B, u_TB = kernel("lif_forward", x_TB)(
             x_TB, v_B, learnt_decay, None, *constants, saves_u
         )
         ctx.set_materialize_grads(False)
@@ -150,16 +142,16 @@ class _Fused(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("LIF: a spike has no second derivative; create_graph must be False")
         u_TB, x_TB, v_B, learnt_decay = ctx.saved_tensors
-        like = x_TB if u_TB is None else u_TB
+        kept = x_TB if u_TB is None else u_TB
         g_s_TB, g_v_B = grad_outputs
         _, needs_v, *_ = ctx.needs_input_grad
-        g_x_TB, g_v_B, g_decay = _kernel(like, "backward")(
+        g_x_TB, g_v_B, g_decay = kernel("lif_backward", kept)(
             u_TB,
             x_TB,
             v_B,
             learnt_decay,
-            None if g_s_TB is None else _like_steps(g_s_TB, like),
-            None if g_v_B is None else _like(g_v_B, like),
+            None if g_s_TB is None else like_steps(g_s_TB, kept),
+            None if g_v_B is None else like(g_v_B, kept),
             ctx.dtype,
             *ctx.arguments,
             needs_v,
@@ -169,105 +161,37 @@ class _Fused(torch.autograd.Function):
 
 def _inputs_are_smaller(x_TB: Tensor, v_B: Tensor | None) -> bool:
     """Whether the input and the first membrane take fewer bytes than u."""
-    of_membrane = torch.promote_types(x_TB.dtype, torch.float32).itemsize
+    of_membrane = membrane_dtype(x_TB).itemsize
     inputs = len(x_TB) * x_TB.element_size() + (0 if v_B is None else of_membrane)
     return inputs < len(x_TB) * of_membrane
 
 
-def _dense(x_TB: Tensor) -> Tensor:
-    """`x_TB`, with time steps that are dense in memory, one after another; or one, if it is static.
-
-    Channels may come last in memory.
-    """
-    if x_TB.is_contiguous():
-        return x_TB
-    x_B = x_TB.detach()[0]
-    is_dense = x_B.is_contiguous() or (
-        x_B.dim() == 4 and x_B.is_contiguous(memory_format=torch.channels_last)
-    )
-    follows = len(x_TB) == 1 or x_TB.stride(0) in (0, x_B.numel())
-    return x_TB if is_dense and follows else x_TB.contiguous()
-
-
-def _like(v_B: Tensor, x_TB: Tensor) -> Tensor:
-    """`v_B` in the order of memory of a time step of `x_TB`."""
-    strides = x_TB.stride()[1:]
-    if v_B.stride() == strides:
-        return v_B
-    return torch.empty_strided(v_B.shape, strides, dtype=v_B.dtype, device=v_B.device).copy_(v_B)
-
-
-def _like_steps(g_TB: Tensor, x_TB: Tensor) -> Tensor:
-    strides, distances = x_TB.stride()[1:], (0, math.prod(x_TB.shape[1:]))
-    if g_TB.stride()[1:] == strides and (len(g_TB) == 1 or g_TB.stride(0) in distances):
-        return g_TB
-    return new_steps(x_TB, g_TB.dtype).copy_(g_TB)
-
-
-def new_steps(x_TB: Tensor, dtype: torch.dtype) -> Tensor:
-    """An empty tensor of the shape of `x_TB`, with its order of memory within a time step."""
-    if x_TB.is_contiguous():
-        return torch.empty_like(x_TB, dtype=dtype)
-    strides = (math.prod(x_TB.shape[1:]), *x_TB.stride()[1:])
-    return torch.empty_strided(x_TB.shape, strides, dtype=dtype, device=x_TB.device)
-
-
-def new_step(x_TB: Tensor, dtype: torch.dtype) -> Tensor:
-    """An empty tensor for one time step of `x_TB`."""
-    return torch.empty_strided(x_TB.shape[1:], x_TB.stride()[1:], dtype=dtype, device=x_TB.device)
-
-
-# ---------------------------------------------------------------------------------------- operators
-
-# torch's operators, so that what counts kernels and bytes sees one kernel each.
-_library = torch.library.Library("spiketrain", "DEF")
-_NEURON = "int charge, float decay, float threshold, float? subtract, float gain, float beta"
-_library.define(
-    "lif_forward(Tensor x, Tensor? v, Tensor? learnt_decay, Tensor? levels,"
-    f" {_NEURON}, bool saves_u) -> (Tensor, Tensor, Tensor?)"
-)
-_library.define(
-    "lif_backward(Tensor? u, Tensor? x, Tensor? v, Tensor? learnt_decay, Tensor? g_s, Tensor? g_v,"
-    f" ScalarType dtype, {_NEURON}, int surrogate, float a, float b, bool reset_gradient, bool cut,"
-    " bool needs_v) -> (Tensor, Tensor?, Tensor?)"
-)
-_module = cache(import_module)  # with the first call
-
-
-def _kernel(x: Tensor, name: str) -> Any:
-    """A kernel for the device of `x`. torch's dispatcher takes as long as a small kernel, so it is
-    asked only if something observes operations.
-    """
-    if isinstance(x, FakeTensor) or x.is_meta or torch._C._len_torch_dispatch_stack():
-        return getattr(torch.ops.spiketrain, f"lif_{name}").default
-    return getattr(_module(f"pipeline.spiking.kernels.{x.device.type}"), name)
-
-
-for _device in _PACKAGES:
-    for _name in ("forward", "backward"):
-        _library.impl(
-            f"lif_{_name}",
-            lambda *args, module=f"pipeline.spiking.kernels.{_device}", name=_name: getattr(
-                _module(module), name
-            )(*args),
-            _device.upper(),
-        )
-
-
-@torch.library.register_fake("spiketrain::lif_forward", lib=_library)
-def _(x_TB: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    dtype = torch.promote_types(x_TB.dtype, torch.float32)
+def _fake_forward(x_TB: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    dtype = membrane_dtype(x_TB)
     u_TB = new_steps(x_TB, dtype) if args[-1] else None
     return new_steps(x_TB, x_TB.dtype), new_step(x_TB, dtype), u_TB
 
 
-@torch.library.register_fake("spiketrain::lif_backward", lib=_library)
-def _(
+def _fake_backward(
     u_TB: Tensor | None, x_TB: Tensor | None, v_B: Any, learnt_decay: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    like = x_TB if u_TB is None else u_TB
-    assert like is not None
+    kept = x_TB if u_TB is None else u_TB
+    assert kept is not None
     _, _, dtype, *_, needs_v = args
-    g_v_B = new_step(like, torch.promote_types(like.dtype, torch.float32)) if needs_v else None
+    g_v_B = new_step(kept, membrane_dtype(kept)) if needs_v else None
     g_decay = None if learnt_decay is None else torch.empty_like(learnt_decay)
-    return new_steps(like, dtype), g_v_B, g_decay
+    return new_steps(kept, dtype), g_v_B, g_decay
+
+
+_NEURON = "int charge, float decay, float threshold, float? subtract, float gain, float beta"
+define(
+    "lif_forward(Tensor x, Tensor? v, Tensor? learnt_decay, Tensor? levels,"
+    f" {_NEURON}, bool saves_u) -> (Tensor, Tensor, Tensor?)",
+    _fake_forward,
+)
+define(
+    "lif_backward(Tensor? u, Tensor? x, Tensor? v, Tensor? learnt_decay, Tensor? g_s, Tensor? g_v,"
+    f" ScalarType dtype, {_NEURON}, int surrogate, float a, float b, bool reset_gradient, bool cut,"
+    " bool needs_v) -> (Tensor, Tensor?, Tensor?)",
+    _fake_backward,
+)
