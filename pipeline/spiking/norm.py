@@ -26,6 +26,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.core.checks import refuse_unless_one_of
 from pipeline.spiking.encode import is_static, repeat
+from pipeline.spiking.kernels.operators import has_kernels
+from pipeline.spiking.kernels.step_norm import step_norm
 
 
 class BatchNorm(nn.Module):
@@ -77,8 +79,18 @@ class BatchNorm(nn.Module):
             )
         if self.repeats is not None or is_static(x_TBC):
             return repeat(self._normalize(x_TBC[0], self.repeats or len(x_TBC)), len(x_TBC))
-        if self.uses_batch_statistics and self.over == "step":
-            return torch.stack([self._normalize(x_BC) for x_BC in x_TBC.unbind(0)])
+        if self.uses_batch_statistics and self.over == "step" and len(x_TBC) > 1:
+            if self.between == "world" or not has_kernels(x_TBC):
+                return torch.stack([self._normalize(x_BC) for x_BC in x_TBC.unbind(0)])
+            return step_norm(
+                x_TBC,
+                self.weight,
+                self.bias,
+                self.running_mean,
+                self.running_var,
+                self.momentum,
+                self.eps,
+            )
         return self._normalize(x_TBC.flatten(0, 1)).view_as(x_TBC)
 
     @property

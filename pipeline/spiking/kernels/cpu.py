@@ -414,3 +414,38 @@ def scaled_add_backward(
     """The backward of `scaled_add.py`."""
     g_b_TB = g_TB * (gain * alpha).to(g_TB.dtype)
     return g_b_TB, (alpha * (g_TB * b_TB).sum(dtype=gain.dtype)).view(1)
+
+
+def step_norm_forward(
+    x_TBC: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward of `step_norm.py`: torch's batch norm writes each step into the result."""
+    y_TBC = new_steps(x_TBC, x_TBC.dtype)
+    mean_TC = weight.new_empty(len(x_TBC), len(weight))
+    invstd_TC = torch.empty_like(mean_TC)
+    for x_BC, y_BC, mean_C, invstd_C in zip(x_TBC, y_TBC, mean_TC, invstd_TC, strict=True):
+        torch.native_batch_norm(
+            x_BC, weight, bias, running_mean, running_var, True, momentum, eps,
+            out=(y_BC, mean_C, invstd_C),
+        )  # fmt: skip
+    return y_TBC, mean_TC, invstd_TC
+
+
+def step_norm_backward(
+    g_TBC: Tensor, x_TBC: Tensor, weight: Tensor, mean_TC: Tensor, invstd_TC: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward of `step_norm.py`."""
+    g_x_TBC = new_steps(x_TBC, x_TBC.dtype)
+    g_weight_TC, g_bias_TC = torch.empty_like(mean_TC), torch.empty_like(mean_TC)
+    for t, (g_BC, x_BC) in enumerate(zip(g_TBC, x_TBC, strict=True)):
+        torch.ops.aten.native_batch_norm_backward.out(
+            g_BC, x_BC, weight, None, None, mean_TC[t], invstd_TC[t], True, 0.0, [True] * 3,
+            out0=g_x_TBC[t], out1=g_weight_TC[t], out2=g_bias_TC[t],
+        )  # fmt: skip
+    return g_x_TBC, g_weight_TC.sum(0), g_bias_TC.sum(0)

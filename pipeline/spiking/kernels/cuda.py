@@ -287,7 +287,16 @@ def scaled_add_forward(x_TB: Tensor, b_TB: Tensor, gain: Tensor, alpha: float) -
     y_TB = new_steps(b_TB, b_TB.dtype)
     size, step = y_TB.numel(), math.prod(y_TB.shape[1:])
     _scaled_add[_grid(size)](
-        x_TB, b_TB, gain, y_TB, alpha, size, _step(x_TB), _step(b_TB), step, BLOCK=BLOCK
+        x_TB,
+        b_TB,
+        gain,
+        y_TB,
+        alpha,
+        size,
+        _step(x_TB),
+        _step(b_TB),
+        step,
+        BLOCK=BLOCK,  # type: ignore[arg-type]
     )
     return y_TB
 
@@ -300,7 +309,17 @@ def scaled_add_backward(
     size, step = g_b_TB.numel(), math.prod(g_b_TB.shape[1:])
     sums = torch.empty(_grid(size), dtype=torch.float32, device=b_TB.device)
     _scaled_add_backward[_grid(size)](
-        g_TB, b_TB, gain, g_b_TB, sums, alpha, size, _step(g_TB), _step(b_TB), step, BLOCK=BLOCK
+        g_TB,
+        b_TB,
+        gain,
+        g_b_TB,
+        sums,
+        alpha,
+        size,
+        _step(g_TB),
+        _step(b_TB),
+        step,
+        BLOCK=BLOCK,  # type: ignore[arg-type]
     )
     return g_b_TB, sums.sum(dtype=gain.dtype).mul_(alpha).view(1)
 
@@ -308,3 +327,150 @@ def scaled_add_backward(
 def _step(x_TB: Tensor) -> int:
     """The distance between time steps; 0 for a static input."""
     return x_TB.stride(0) if len(x_TB) > 1 else 0
+
+
+@triton.jit
+def _norm_sums(
+    x, g, mean, invstd, first, second, rows, pixels, channels, eps, t_step, b_step, c_step, p_step,
+    BACKWARD: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """For one time step and a block of channels: mean and invstd; in the backward the sums of g and
+    of g (x - mean) invstd.
+    """
+    t = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    is_channel = c < channels
+    at = t * t_step + c * c_step
+    if BACKWARD:
+        shift = tl.load(mean + t * channels + c, is_channel, 0.0)
+    else:  # the first value of each channel, so that the squares stay small
+        shift = tl.load(x + at, is_channel, 0.0).to(tl.float32)
+    sums = tl.zeros((ROWS, CHANNELS), tl.float32)
+    products = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS).to(tl.int64)
+        mask = (row < rows)[:, None] & is_channel[None, :]
+        of_row = (row // pixels) * b_step + (row % pixels) * p_step
+        x_RC = tl.load(x + of_row[:, None] + at[None, :], mask, 0.0).to(tl.float32)
+        centred = tl.where(mask, x_RC - shift[None, :], 0.0)
+        factor = centred
+        if BACKWARD:
+            factor = tl.load(g + of_row[:, None] + at[None, :], mask, 0.0).to(tl.float32)
+        sums += factor
+        products += factor * centred
+    total, product = tl.sum(sums, 0), tl.sum(products, 0)
+    out = t * channels + c
+    if BACKWARD:
+        tl.store(first + out, total, is_channel)
+        tl.store(second + out, product * tl.load(invstd + out, is_channel, 0.0), is_channel)
+    else:
+        offset = total / rows
+        variance = tl.maximum(product / rows - offset * offset, 0.0)
+        tl.store(first + out, shift + offset, is_channel)
+        tl.store(second + out, 1.0 / tl.sqrt_rn(variance + eps), is_channel)
+
+
+@triton.jit
+def _running_statistics(
+    mean, invstd, running_mean, running_var, channels, samples, momentum, eps, STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = c < channels
+    mean_C = tl.load(running_mean + c, mask, 0.0)
+    var_C = tl.load(running_var + c, mask, 1.0)
+    for t in range(STEPS):
+        invstd_C = tl.load(invstd + t * channels + c, mask, 1.0)
+        unbiased_C = (1.0 / (invstd_C * invstd_C) - eps) * (samples / (samples - 1.0))
+        mean_C += momentum * (tl.load(mean + t * channels + c, mask, 0.0) - mean_C)
+        var_C += momentum * (unbiased_C - var_C)
+    tl.store(running_mean + c, mean_C, mask)
+    tl.store(running_var + c, var_C, mask)
+
+
+@triton.jit
+def _normalized(
+    x, g, weight, bias, mean, invstd, g_sums, g_products, y, size, step, channels, samples, c_step,
+    BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """y, or in the backward the gradient of x."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    c = (i // c_step) % channels
+    at = (i // step) * channels + c
+    scale = tl.load(invstd + at, mask, 0.0)
+    x_hat = (tl.load(x + i, mask, 0.0).to(tl.float32) - tl.load(mean + at, mask, 0.0)) * scale
+    if BACKWARD:
+        g_i = tl.load(g + i, mask, 0.0).to(tl.float32)
+        mean_g = tl.load(g_sums + at, mask, 0.0) / samples
+        mean_product = tl.load(g_products + at, mask, 0.0) / samples
+        of_x = g_i - mean_g - x_hat * mean_product
+        y_i = of_x * scale * tl.load(weight + c, mask, 0.0).to(tl.float32)
+    else:
+        y_i = x_hat * tl.load(weight + c, mask, 0.0).to(tl.float32)
+        y_i += tl.load(bias + c, mask, 0.0).to(tl.float32)
+    tl.store(y + i, y_i.to(y.dtype.element_ty), mask)
+
+
+def step_norm_forward(
+    x_TBC: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The forward of `step_norm.py`."""
+    steps, channels = len(x_TBC), len(weight)
+    mean_TC = torch.empty(steps, channels, dtype=torch.float32, device=x_TBC.device)
+    invstd_TC = torch.empty_like(mean_TC)
+    samples = x_TBC.numel() // (steps * channels)
+    _sum_steps(x_TBC, None, None, None, mean_TC, invstd_TC, eps)
+    _running_statistics[(triton.cdiv(channels, 128),)](
+        mean_TC, invstd_TC, running_mean, running_var, channels, samples, momentum, eps,
+        STEPS=steps, BLOCK=128,
+    )  # fmt: skip
+    y_TBC = torch.empty_like(x_TBC)
+    _normalized[_grid(x_TBC.numel())](
+        x_TBC, None, weight, bias, mean_TC, invstd_TC, None, None, y_TBC, x_TBC.numel(),
+        x_TBC[0].numel(), channels, samples, x_TBC.stride(2), BACKWARD=False, BLOCK=BLOCK,
+    )  # fmt: skip
+    return y_TBC, mean_TC, invstd_TC
+
+
+def step_norm_backward(
+    g_TBC: Tensor, x_TBC: Tensor, weight: Tensor, mean_TC: Tensor, invstd_TC: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward of `step_norm.py`."""
+    steps, channels = mean_TC.shape
+    sums_TC, products_TC = torch.empty_like(mean_TC), torch.empty_like(mean_TC)
+    _sum_steps(x_TBC, g_TBC, mean_TC, invstd_TC, sums_TC, products_TC, 0.0)
+    g_x_TBC = torch.empty_like(x_TBC)
+    _normalized[_grid(x_TBC.numel())](
+        x_TBC, g_TBC, weight, None, mean_TC, invstd_TC, sums_TC, products_TC, g_x_TBC,
+        x_TBC.numel(), x_TBC[0].numel(), channels, x_TBC.numel() // (steps * channels),
+        x_TBC.stride(2), BACKWARD=True, BLOCK=BLOCK,
+    )  # fmt: skip
+    dtype = weight.dtype
+    return g_x_TBC, products_TC.sum(0, dtype=dtype), sums_TC.sum(0, dtype=dtype)
+
+
+def _sum_steps(
+    x_TBC: Tensor,
+    g_TBC: Tensor | None,
+    mean_TC: Tensor | None,
+    invstd_TC: Tensor | None,
+    first_TC: Tensor,
+    second_TC: Tensor,
+    eps: float,
+) -> None:
+    steps, batch, channels = x_TBC.shape[:3]
+    pixels = x_TBC.numel() // (steps * batch * channels)
+    channels_last = x_TBC.stride(2) == 1 and pixels > 1
+    width = 32 if x_TBC.stride(2) == 1 else 1  # channels that lie side by side in memory
+    _norm_sums[(triton.cdiv(channels, width), steps)](
+        x_TBC, g_TBC, mean_TC, invstd_TC, first_TC, second_TC, batch * pixels, pixels, channels,
+        eps, x_TBC.stride(0), x_TBC.stride(1), x_TBC.stride(2), channels if channels_last else 1,
+        BACKWARD=g_TBC is not None, ROWS=4096 // (4 * width), CHANNELS=width,
+    )  # fmt: skip
