@@ -254,6 +254,8 @@ class Recipe(_Fields):
             accumulated over its share. None: the whole share
         precision: of matrix products and convolutions, see pipeline/core/torch_settings.py; tf32
             needs an NVIDIA card
+        pack_spikes: whether synapses keep spikes for their backward as bits: less memory, the same
+            gradients
         clip_norm: largest gradient norm of a global batch; 0: no clipping
         ema_decay: decay of a running average of the weights, such as 0.9999. Evaluations and
             `model.safetensors` use the average. 0: no average
@@ -298,6 +300,7 @@ class Recipe(_Fields):
     precision: Literal["fp32", "tf32", "bf16"] = field(
         default="fp32", metadata=_role(Role.STUDY | Role.TAG)
     )
+    pack_spikes: bool = field(default=False, metadata=_role(Role.STUDY))
     clip_norm: float = field(default=0.0, metadata=_role(Role.STUDY, minimum=0))
     ema_decay: float = field(default=0.0, metadata=_role(Role.STUDY))
     backend: Literal["deepspeed", "plain"] = field(default="deepspeed", metadata=_role(Role.STUDY))

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from pipeline.core.checks import refuse_unless_one_of, require
 from pipeline.spiking.kernels import neuron as fused
 from pipeline.spiking.kernels.operators import has_kernels, membrane_dtype
+from pipeline.spiking.kernels.packing import mark_spikes
 from pipeline.spiking.state import State
 from pipeline.spiking.surrogate import Surrogate, Triangle, heaviside
 
@@ -116,7 +117,10 @@ class LIF(nn.Module):
         surrogate = self._kernel(x_TB)
         if surrogate is None:
             s_TB = self._run(x_TB / beta if beta != 1 else x_TB)
-            return gain * s_TB if gain != 1 else s_TB
+            s_TB = gain * s_TB if gain != 1 else s_TB
+            # Other neurons and rules may emit other values.
+            is_spiking = self.custom_forward is None and type(self).step is LIF.step
+            return mark_spikes(s_TB, gain) if is_spiking else s_TB
         learnt_decay, charge = (
             self.learnt_decay(),
             fused.SCALED if self.scale_input else fused.ADDED,
@@ -140,7 +144,7 @@ class LIF(nn.Module):
             cut=self.carry is torch.detach,
         )
         self.state.write("v", v_B)
-        return s_TB
+        return mark_spikes(s_TB, gain)
 
     def _kernel(self, x_TB: Tensor) -> tuple[int, float, float] | None:
         """The surrogate as the kernels know it; None: eager torch runs this neuron."""

@@ -39,6 +39,8 @@ from torch.nn import functional as F
 
 from pipeline.core.checks import refuse_unless_one_of, require
 from pipeline.spiking.encode import is_static, repeat
+from pipeline.spiking.kernels.operators import dense
+from pipeline.spiking.kernels.packing import height_of, pack, unpack
 from pipeline.spiking.slice_cache import SliceCache
 from pipeline.spiking.state import State
 
@@ -77,6 +79,7 @@ class _Synapse(nn.Module):
         self.binarizer: nn.Module | None = None
         self.slice_cache: SliceCache | None = None
         self.state = State(type(self).__name__)
+        self.packs_spikes = False
         self.presynaptic: Presynaptic | None = None
         self.backward_weight: BackwardWeight | None = None
 
@@ -101,7 +104,7 @@ class Linear(nn.Linear, _Synapse):
                 f" {tuple(input.shape)}"
             )
         weight, bias = _operands(self, input, weight)
-        if self.presynaptic is None and self.backward_weight is None:
+        if not _is_changed(self, input):
             if is_static(input):
                 return repeat(F.linear(input[0], weight, bias), len(input))
             return F.linear(input, weight, bias)
@@ -145,7 +148,7 @@ class Conv2d(nn.Conv2d, _Synapse):
                 f" {tuple(input.shape)}"
             )
         weight, bias = _operands(self, input, weight)
-        if self.presynaptic is None and self.backward_weight is None:
+        if not _is_changed(self, input):
             return apply_folded(lambda x_NCHW: self._conv_forward(x_NCHW, weight, bias), input)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
         return _with_seams(self, input, weight, bias, geometry)
@@ -218,6 +221,36 @@ def error_weight(weight: Tensor, backward_weight: BackwardWeight | None) -> Tens
     return weight if backward_weight is None else backward_weight(weight).to(weight.dtype)
 
 
+def pack_spikes(model: nn.Module) -> None:
+    """Let every synapse of `model` keep spikes for its backward as bits. Gradients do not change.
+
+    It applies where the input of a synapse is the output of neurons, unless a rule replaces it by a
+    trace.
+
+    Raises: ValueError for a model without synapses.
+    """
+    synapses = [module for module in model.modules() if isinstance(module, _Synapse)]
+    require(
+        synapses,
+        "pack_spikes: the model must have a synapse (pipeline.spiking.synapse); got"
+        f" {type(model).__name__}",
+    )
+    for synapse in synapses:
+        synapse.packs_spikes = True
+
+
+def _is_changed(synapse: Linear | Conv2d, x_TB: Tensor) -> bool:
+    """Whether the backward is not torch's own."""
+    has_seam = synapse.presynaptic is not None or synapse.backward_weight is not None
+    return has_seam or _packed_height(synapse, x_TB) is not None
+
+
+def _packed_height(synapse: Linear | Conv2d, x_TB: Tensor) -> float | None:
+    """The height of spikes that are kept as bits; None: the input is kept as it is."""
+    is_packed = synapse.packs_spikes and synapse.presynaptic is None and torch.is_grad_enabled()
+    return height_of(x_TB) if is_packed else None
+
+
 def _with_seams(
     synapse: Linear | Conv2d,
     x_TB: Tensor,
@@ -225,7 +258,7 @@ def _with_seams(
     bias: Tensor | None,
     geometry: tuple[Any, ...] | None = None,
 ) -> Tensor:
-    """The output of a synapse with a seam, which changes its backward.
+    """The output of a synapse with a seam or packed spikes, with its own backward.
 
     `geometry` has stride, padding, dilation and groups of a convolution; None: the synapse is a
     `Linear`.
@@ -249,6 +282,7 @@ def _with_seams(
         None if bias is None else bias.to(dtype),
         synapse.backward_weight,
         geometry,
+        _packed_height(synapse, x_TB),
     )
 
 
@@ -262,7 +296,13 @@ class _WithSeams(torch.autograd.Function):
         bias: Tensor | None,
         backward_weight: BackwardWeight | None,
         geometry: tuple[Any, ...] | None,
+        height: float | None,
     ) -> Tensor:
+        ctx.unpack = None
+        if height is not None:
+            factor_TB = dense(factor_TB)
+            about = factor_TB.shape, factor_TB.stride(), factor_TB.dtype, height
+            ctx.unpack, factor_TB = lambda bits: unpack(bits, *about), pack(factor_TB)
         ctx.save_for_backward(factor_TB, weight)
         ctx.backward_weight, ctx.geometry = backward_weight, geometry
         if geometry is None:
@@ -273,6 +313,7 @@ class _WithSeams(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (g_TB,) = grad_outputs
         factor_TB, weight = ctx.saved_tensors
+        factor_TB = factor_TB if ctx.unpack is None else ctx.unpack(factor_TB)
         needs_x, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
         if ctx.geometry is None:
             return (
@@ -280,6 +321,7 @@ class _WithSeams(torch.autograd.Function):
                 None,
                 g_TB.flatten(0, -2).T @ factor_TB.flatten(0, -2) if needs_weight else None,
                 g_TB.flatten(0, -2).sum(0) if needs_bias else None,
+                None,
                 None,
                 None,
             )
@@ -299,4 +341,5 @@ class _WithSeams(torch.autograd.Function):
             groups,
             [needs_x, needs_weight, needs_bias],
         )
-        return (g_x.view_as(factor_TB) if needs_x else None, None, g_weight, g_bias, None, None)
+        g_x_TB = g_x.view_as(factor_TB) if needs_x else None
+        return g_x_TB, None, g_weight, g_bias, None, None, None

@@ -22,6 +22,7 @@ from pipeline.rules.base import Rule, World
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.binary import latent_parameters
+from pipeline.spiking.synapse import pack_spikes
 from pipeline.train.checkpoint import weights_of
 from pipeline.train.elastic import fit_to_sizes
 from pipeline.train.objective import Loss
@@ -92,6 +93,8 @@ def build_network(recipe: Recipe, tasks: Sequence[Task]) -> nn.Module:
     network = build_part("model", recipe.model, nn.Module, name="torch.nn.Module")
     for task in reversed(tasks):  # checks every head, and leaves the first one chosen
         task.choose_head(network)
+    if recipe.pack_spikes:
+        pack_spikes(network)
     return network
 
 

@@ -249,15 +249,17 @@ def _backward(
 # ------------------------------------------------------------------------------------------ threads
 
 
-def _in_blocks(kernel: Any, neurons: int, steps: int, *args: Any) -> None:
-    """Run a kernel for all neurons, in as many threads as torch uses."""
-    args = neurons, steps, *args
-    threads = min(torch.get_num_threads(), neurons * steps // MIN_PER_THREAD)
+def _in_threads(kernel: Any, items: int, values: int, *args: Any) -> None:
+    """Run `kernel(first, end, *args)` for all items, in as many threads as torch uses.
+
+    `values` is the number of values that the kernel reads; for few, one thread is faster.
+    """
+    threads = min(torch.get_num_threads(), values // MIN_PER_THREAD)
     if threads <= 1:
-        kernel(0, neurons, *args)
+        kernel(0, items, *args)
         return
-    blocks = -(-neurons // BLOCK)
-    edges = [min(neurons, blocks * part // threads * BLOCK) for part in range(threads + 1)]
+    blocks = -(-items // BLOCK)
+    edges = [min(items, blocks * part // threads * BLOCK) for part in range(threads + 1)]
     others = [
         _pool(os.getpid()).submit(kernel, first, end, *args) for first, end in pairwise(edges[1:])
     ]
@@ -304,8 +306,10 @@ def lif_forward(
         decay = learnt_decay.item()
     if levels is not None:
         threshold, subtract, gain = levels.tolist()
-    _in_blocks(
+    _in_threads(
         _forward,
+        neurons,
+        neurons * steps,
         neurons,
         steps,
         x_TB.data_ptr(),
@@ -366,8 +370,10 @@ def lif_backward(
         g_s_TB = None if g_s_TB is None else (g_s_TB * gain).to(u_TB.dtype)
         x_TB = None if x_TB is None else (x_TB / last_beta).to(u_TB.dtype)
         gain = 1.0
-    _in_blocks(
+    _in_threads(
         _backward,
+        neurons,
+        neurons * steps,
         neurons,
         steps,
         u_TB.data_ptr(),
@@ -449,3 +455,59 @@ def step_norm_backward(
             out0=g_x_TBC[t], out1=g_weight_TC[t], out2=g_bias_TC[t],
         )  # fmt: skip
     return g_x_TBC, g_weight_TC.sum(0), g_bias_TC.sum(0)
+
+
+# -------------------------------------------------------------------------------------------- bits
+
+# Numbers are compared and copied as integers of their size.
+_INTEGERS = {2: np.int16, 4: np.int32, 8: np.int64}
+_AS_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@compiled
+def _pack(first, end, count, x_at, bits_at, zero):
+    x = carray(_pointer(x_at, zero), count)
+    bits = carray(_pointer(bits_at, np.uint8(0)), (count + 7) // 8)
+    for k in range(first, min(end, count // 8)):
+        byte = np.uint8(0)
+        for j in range(8):
+            byte |= np.uint8(x[8 * k + j] != zero) << np.uint8(j)
+        bits[k] = byte
+    if end > count // 8 and count % 8:
+        byte = np.uint8(0)
+        for j in range(count % 8):
+            byte |= np.uint8(x[count - count % 8 + j] != zero) << np.uint8(j)
+        bits[count // 8] = byte
+
+
+@compiled
+def _unpack(first, end, count, bits_at, x_at, height):
+    x = carray(_pointer(x_at, height), count)
+    bits = carray(_pointer(bits_at, np.uint8(0)), (count + 7) // 8)
+    zero = height - height
+    for k in range(first, min(end, count // 8)):
+        byte = bits[k]
+        for j in range(8):
+            x[8 * k + j] = height if (byte >> np.uint8(j)) & np.uint8(1) else zero
+    if end > count // 8:
+        for i in range(count - count % 8, count):
+            is_set = (bits[i // 8] >> np.uint8(i % 8)) & np.uint8(1)
+            x[i] = height if is_set else zero
+
+
+def pack_spikes(x: Tensor) -> Tensor:
+    """`pack` of `packing.py`."""
+    bits = torch.empty(-(-x.numel() // 8), dtype=torch.uint8)
+    zero = _INTEGERS[x.element_size()](0)
+    _in_threads(_pack, len(bits), x.numel(), x.numel(), x.data_ptr(), bits.data_ptr(), zero)
+    return bits
+
+
+def unpack_spikes(bits: Tensor, x: Tensor, height: float) -> None:
+    """`unpack` of `packing.py`."""
+    size = x.element_size()
+    as_integer = torch.tensor(height, dtype=x.dtype).view(_AS_INTEGERS[size]).item()
+    height_bits = _INTEGERS[size](as_integer)
+    _in_threads(
+        _unpack, len(bits), x.numel(), x.numel(), bits.data_ptr(), x.data_ptr(), height_bits
+    )
