@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from pipeline.spiking.kernels import cuda, operators
+from pipeline.spiking.kernels import cpu, cuda, operators
 from tests.helpers.kernel_cases import cases, distance, outcome
 
 # The interpreter cuts the last bits of a bf16 off, at each of three roundings.
@@ -38,5 +38,36 @@ def main(part: int, parts: int) -> None:
     print(held, "held")
 
 
+def others() -> None:
+    """The kernels besides the neuron's, against those of a CPU."""
+    for dtype, bound in ((torch.float32, 5e-6), (torch.float16, 3e-3)):
+        for shape, last in (
+            ((3, 5, 7, 6, 6), False),
+            ((3, 5, 40, 6, 6), True),
+            ((2, 9, 33), False),
+        ):
+            x_NC = (torch.randn(shape).flatten(0, 1) * 2 + 3).to(dtype)
+            if last:
+                x_NC = x_NC.contiguous(memory_format=torch.channels_last)
+            x_TBC = x_NC.unflatten(0, shape[:2])
+            g_TBC = torch.empty_like(x_TBC).copy_(torch.randn(shape))
+            weight, bias, gain = torch.rand(shape[2]), torch.rand(shape[2]), torch.tensor([0.3])
+            found = []
+            for module in (cpu, cuda):
+                running = torch.zeros(shape[2]), torch.ones(shape[2])
+                y_TBC, *moments = module.step_norm_forward(x_TBC, weight, bias, *running, 0.1, 1e-5)
+                gradients = module.step_norm_backward(g_TBC, x_TBC, weight, *moments)
+                y = module.scaled_add_forward(x_TBC, y_TBC, gain, 0.2)
+                added = module.scaled_add_backward(g_TBC, x_TBC, gain, 0.2)
+                spikes = (x_TBC > 3).to(dtype) * 2
+                bits = module.pack_spikes(spikes)
+                module.unpack_spikes(bits, unpacked := torch.empty_like(spikes), 2.0)
+                assert torch.equal(unpacked, spikes)
+                found.append((y_TBC, *moments, *running, *gradients, y, *added, bits))
+            for one, other in zip(*found, strict=True):
+                assert distance(one, other) < bound, (dtype, shape)
+
+
 if __name__ == "__main__":
     main(*map(int, sys.argv[1:]))
+    others()

@@ -474,3 +474,32 @@ def _sum_steps(
         eps, x_TBC.stride(0), x_TBC.stride(1), x_TBC.stride(2), channels if channels_last else 1,
         BACKWARD=g_TBC is not None, ROWS=4096 // (4 * width), CHANNELS=width,
     )  # fmt: skip
+
+
+@triton.jit
+def _pack(x, bits, count, BLOCK: tl.constexpr):
+    k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    j = tl.arange(0, 8)
+    i = k[:, None] * 8 + j[None, :]
+    is_set = tl.load(x + i, i < count, 0.0) != 0.0
+    tl.store(bits + k, tl.sum(is_set.to(tl.int32) << j[None, :], 1).to(tl.uint8), k * 8 < count)
+
+
+@triton.jit
+def _unpack(bits, x, height, count, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < count
+    bit = (tl.load(bits + i // 8, mask, 0).to(tl.int32) >> (i % 8).to(tl.int32)) & 1
+    tl.store(x + i, tl.where(bit != 0, height, 0.0).to(x.dtype.element_ty), mask)
+
+
+def pack_spikes(x: Tensor) -> Tensor:
+    """`pack` of `packing.py`."""
+    bits = torch.empty(-(-x.numel() // 8), dtype=torch.uint8, device=x.device)
+    _pack[(triton.cdiv(len(bits), 128),)](x, bits, x.numel(), BLOCK=128)  # type: ignore[arg-type]
+    return bits
+
+
+def unpack_spikes(bits: Tensor, x: Tensor, height: float) -> None:
+    """`unpack` of `packing.py`."""
+    _unpack[_grid(x.numel())](bits, x, height, x.numel(), BLOCK=BLOCK)  # type: ignore[arg-type]

@@ -1,15 +1,17 @@
 """The numba kernels of neurons against eager torch, and what stands around them."""
 
 from concurrent.futures import ThreadPoolExecutor
-from unittest.mock import Mock
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 from torch import Tensor
 
 from pipeline.spiking.encode import repeat
-from pipeline.spiking.kernels import cpu, operators
+from pipeline.spiking.kernels import cpu, operators, packing
+from pipeline.spiking.kernels.scaled_add import scaled_add
 from pipeline.spiking.neuron import LIF
+from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, RateLIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import ATan
@@ -144,3 +146,62 @@ def test_without_numba_torch_runs(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(operators, "_is_installed", lambda package: False)
     monkeypatch.setattr(cpu, "lif_forward", Mock(side_effect=AssertionError))
     assert torch.equal(ran(x_TB)[0], expected[0])
+
+
+# ------------------------------------------------------------------ norm, scaled sum, packed spikes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("order", ["contiguous", "channels last", "vectors"])
+def test_a_norm_of_each_step_is_torchs(
+    order: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+):
+    torch.manual_seed(0)
+    x_NC = (torch.randn(12, 7, 5, 5) * 2 + 1).to(dtype)
+    if order == "channels last":
+        x_NC = x_NC.contiguous(memory_format=torch.channels_last)
+    x_TBC = (x_NC[..., 0, 0].contiguous() if order == "vectors" else x_NC).unflatten(0, (3, 4))
+    g_TBC = torch.randn(x_TBC.shape).to(dtype)
+    found = []
+    for _ in range(2):
+        norm = BatchNorm(7).to(torch.float64 if dtype == torch.float64 else torch.float32)
+        norm.weight.data = torch.linspace(0.5, 2, 7, dtype=norm.weight.dtype)
+        y_TBC = norm(x := x_TBC.detach().requires_grad_())
+        gradients = torch.autograd.grad(y_TBC, (x, norm.weight, norm.bias), g_TBC)
+        found.append((y_TBC.detach(), norm.running_mean, norm.running_var, *gradients))
+        monkeypatch.setattr(operators, "_is_installed", lambda package: False)
+    for one, other in zip(*found, strict=True):
+        assert distance(one, other) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
+    assert all(map(torch.equal, found[0][:3], found[1][:3])) or order == "channels last"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_scaled_sum_is_torchs_and_has_the_dtype_of_the_stream(dtype: torch.dtype):
+    torch.manual_seed(0)
+    x, b, g = (torch.randn(3, 4, 5).to(dtype) for _ in range(3))
+    gain = torch.tensor([0.3], requires_grad=True)
+    x, b = x.requires_grad_(), b.requires_grad_()
+    y = scaled_add(x, b, gain, 0.2)
+    assert y.dtype == dtype
+    g_x, g_b, g_gain = torch.autograd.grad(y, (x, b, gain), g)
+    bound = 2**-7 if dtype == torch.bfloat16 else 1e-6
+    assert distance(y, x.double() + 0.2 * gain.double() * b.double()) < bound
+    assert torch.equal(g_x, g) and distance(g_b, 0.2 * gain.double() * g.double()) < bound
+    assert abs(float(g_gain - 0.2 * (g.double() * b.double()).sum())) < 30 * bound
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str
+)
+def test_spikes_are_packed_into_a_bit_each(dtype: torch.dtype, kernels: bool):
+    torch.manual_seed(0)
+    with patch.object(operators, "_is_installed", lambda package: kernels):
+        for count in (0, 1, 7, 8, 9, 8191, 100_003):
+            x = (torch.rand(count) < 0.3).to(dtype) * 2.74
+            bits = packing.pack(x)
+            assert bits.nbytes == -(-count // 8)
+            assert torch.equal(packing.unpack(bits, x.shape, x.stride(), dtype, 2.74), x)
+        x = (torch.rand(6, 3, 4, 4) < 0.3).to(dtype).contiguous(memory_format=torch.channels_last)
+        again = packing.unpack(packing.pack(x), x.shape, x.stride(), dtype, 1.0)
+        assert torch.equal(again, x) and again.stride() == x.stride()
