@@ -65,6 +65,7 @@ TRUSTED = (
     "pipeline.data.mixing",
     "pipeline.models",
     "!pipeline.models.teachers",
+    "!pipeline.spiking.kernels",
     "pipeline.models.teachers.cache.Cache",
     "pipeline.models.teachers.network.network_teacher",
     "pipeline.models.teachers.probe.Probe",

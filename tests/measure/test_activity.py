@@ -176,6 +176,6 @@ def test_ones_are_passed_over_once_and_no_device_is_waited_for(
     (layer,) = activity._layers
     for _ in range(2):
         with Passes(s_TB.numel()) as passes, activity.batch(torch.arange(100)):
-            layer.record(neuron, None, s_TB)
+            layer.record(neuron, None, {}, s_TB)
         assert passes.names == expected
     assert layer.spikes_TN.shape == (2, 21)

@@ -112,7 +112,12 @@ def test_under_autocast_the_traces_stay_in_fp32():
                 name: value.dtype
                 for state in states_of(model)
                 for name, value in state.values.items()
-            } == {"v": torch.float32, "a": torch.float32}
+            } == {
+                "v": torch.float32,
+                "a": torch.float32,
+                "y": torch.bfloat16,
+                "bias": torch.bfloat16,
+            }
             objective.backward.backward()
 
 

@@ -53,7 +53,7 @@ def test_a_wrapper_and_a_seam_are_found():
     model, wrapper = network(), nn.Module()
     wrapper.module = model
     model[2].presynaptic = Trace(0.5)
-    assert len(states_of(wrapper)) == 3
+    assert len(states_of(wrapper)) == 6  # of three synapses, two neurons and the trace
     with fresh_state(wrapper):
         model(X_TBC)
         assert state_bytes(wrapper) == 7 * (5 + 4 + 5) * 4
