@@ -204,7 +204,7 @@ def moments_over_ranks(x_NC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     channels = x_NC.shape[1]
     count = x_NC.numel() // channels
     var_C, mean_C = torch.var_mean(x_NC, [0, *range(2, x_NC.dim())], correction=0)
-    row = torch.cat([mean_C, var_C * count, mean_C.new_tensor([float(count)])])
+    row = torch.cat([mean_C, var_C * count, mean_C.new_full((1,), float(count))])
     ranks, rank = distributed.get_world_size(), distributed.get_rank()
     table_R = _SumOverRanks.apply(F.pad(row.unsqueeze(0), (0, 0, rank, ranks - 1 - rank)))
     mean_RC, deviation_RC, count_R1 = table_R.split(  # type: ignore[union-attr]

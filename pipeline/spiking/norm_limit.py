@@ -107,7 +107,7 @@ class FrobeniusLimit(LimitedSynapse):
     def weight(self) -> Tensor:
         # The maximum comes before the square root, whose derivative is infinite at 0. Above the
         # limit the gradient also passes through the norm.
-        square = self.V.square().sum().maximum(self.V.new_tensor(self.largest**2))
+        square = self.V.square().sum().clamp_min(self.largest**2)
         return self.largest * square.rsqrt() * self.V
 
 
