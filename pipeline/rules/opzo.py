@@ -31,7 +31,7 @@ from pipeline.spiking.local_learning import (
     refuse_skip_connections,
 )
 from pipeline.spiking.neuron import LIF, named_neurons
-from pipeline.spiking.noise import DISTRIBUTIONS, Distribution
+from pipeline.spiking.noise import DISTRIBUTIONS, Distribution, keys_of
 from pipeline.spiking.state import fresh_state, set_temporarily
 from pipeline.spiking.synapse import Conv2d, Linear
 from pipeline.spiking.trace import (
@@ -227,21 +227,33 @@ class OPZO(Rule):
     def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_fn: LossFn, step: int, rows: Sequence[int]
     ) -> Iterator[LossTerm]:
+        keys_TLB = self._keys(x_TB, step, rows) if self.noise else None
         with fresh_state(model):
             for t, x_1B in enumerate(slices(x_TB, 1)):
-                # The second step of an antithetic pair has the key of the first, and sign -1.
                 is_second = self.antithetic is not False and t % 2 == 1
-                for index, layer in enumerate(self._layers if self.noise else ()):
+                for index, layer in enumerate(self._layers):
                     layer.sign = -1.0 if is_second else 1.0
-                    layer.keys = [
-                        counter_hash(self.world.seed, step, row, index, t - 1 if is_second else t)
-                        for row in rows
-                    ]
+                    layer.keys_B = None if keys_TLB is None else keys_TLB[t, index]
                 with set_temporarily(self._layers, "is_open", True):
                     logits_1BK = (
                         model(x_1B) if self._are_paths_checked else self._checked(model, x_1B)
                     )
                 yield self._loss_term(logits_1BK, loss_fn, len(x_TB))
+
+    def _keys(self, x_TB: Tensor, step: int, rows: Sequence[int]) -> Tensor:
+        """The keys of all noise of a batch: of every time step, layer and sample.
+
+        The second step of an antithetic pair has the key of the first.
+        """
+        count = partial(torch.arange, device=x_TB.device)
+        steps_T = count(len(x_TB))
+        if self.antithetic is not False:
+            steps_T = steps_T - steps_T % 2
+        rows_B = (
+            count(rows.start, rows.stop) if isinstance(rows, range) else steps_T.new_tensor(rows)
+        )
+        layers_L1 = count(len(self._layers)).view(-1, 1)
+        return keys_of(self.world.seed, step, rows_B, layers_L1, steps_T.view(-1, 1, 1))
 
     def _loss_term(self, logits_1BK: Tensor, loss_fn: LossFn, steps: int) -> LossTerm:
         """The loss term of one step.

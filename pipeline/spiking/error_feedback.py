@@ -33,6 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.checks import require
+from pipeline.core.random import signed
 from pipeline.spiking.noise import noise
 from pipeline.spiking.op_scope import op_scope
 
@@ -171,9 +172,9 @@ class MeanJacobian(ErrorFeedback):
         if not self._sums:
             return
         layers = sorted(self._sums)
-        counts = self._sums[layers[0]].new_tensor([self._samples[layer] for layer in layers])
         sums = [self._sums[layer].flatten() for layer in layers]
-        averages = mean(torch.cat([*sums, counts]))
+        counts = [sums[0].new_full((1,), self._samples[layer]) for layer in layers]
+        averages = mean(torch.cat([*sums, *counts]))
         *sums, counts = averages.split([*map(len, sums), len(layers)])
         for layer, total, count in zip(layers, sums, counts, strict=True):
             matrix = self.get_buffer(f"matrix_{layer}")
@@ -198,12 +199,9 @@ class FixedRandom(ErrorFeedback):
         self, layer: int, units: int, *, e_BK: Tensor, o_BK: Tensor, z_BN: Tensor | None
     ) -> Tensor:
         def draw(shape: tuple[int, int]) -> Tensor:
-            entries = noise(
-                [self.key_of(layer)],
-                math.prod(shape),
-                distribution="gaussian",
-                device=e_BK.device,
-            )
+            key = signed(self.key_of(layer))
+            key_1 = torch.full((1,), key, dtype=torch.int64, device=e_BK.device)
+            entries = noise(key_1, math.prod(shape), distribution="gaussian")
             return entries.view(shape).to(e_BK.dtype) / math.sqrt(shape[1])
 
         with op_scope("feedback"):

@@ -76,7 +76,7 @@ class LocalGradient:
     there is one. If `is_open` is False, it runs as the plain neuron, so evaluation has no noise.
 
     `scale` is alpha, in spikes or in units of the membrane. Noise on the membrane changes only the
-    spike of its own step. A rule sets `keys`, one per sample (empty: no noise), and `sign`. With a
+    spike of its own step. A rule sets `keys_B` (None: no noise), and `sign`. With a
     negative sign, z is the negative of the last z in this batch, if there is one.
     """
 
@@ -94,7 +94,7 @@ class LocalGradient:
         self.readout = readout
         self.state = State("LocalGradient")
         self.is_open = False
-        self.keys: Sequence[int] = ()
+        self.keys_B: Tensor | None = None
         self.sign = 1.0
 
     def recorded(self, name: str) -> Tensor:
@@ -115,7 +115,9 @@ class LocalGradient:
 
     def __call__(self, lif: LIF, x_TB: Tensor) -> Tensor:
         v_B = lif.membrane(x_TB)
-        noise_B = self._noise(v_B) if self.is_open and self.keys else None
+        noise_B = None
+        if self.is_open and self.keys_B is not None:
+            noise_B = self._noise(v_B, self.keys_B)
         spikes = []
         for x_B in x_TB.unbind(0):
             s_B, v_B = self._step(lif, x_B.to(v_B.dtype), v_B, noise_B)
@@ -132,15 +134,13 @@ class LocalGradient:
             return (s_TB.detach() + noise_B).to(x_TB.dtype)
         return s_TB.detach().to(x_TB.dtype)
 
-    def _noise(self, v_B: Tensor) -> Tensor:
+    def _noise(self, v_B: Tensor, keys_B: Tensor) -> Tensor:
         """alpha z of this call, in the shape of `v_B`."""
         last_z_BN = self.state.read("z")
         if self.sign < 0 and last_z_BN is not None:
             z_BN = -last_z_BN
         else:
-            z_BN = noise(
-                self.keys, v_B[0].numel(), distribution=self.distribution, device=v_B.device
-            ).to(v_B.dtype)
+            z_BN = noise(keys_B, v_B[0].numel(), distribution=self.distribution).to(v_B.dtype)
         self.state.write("z", z_BN)
         return self.scale * z_BN.view_as(v_B)
 

@@ -15,8 +15,7 @@ Source: Box & Muller 1958 (doi 10.1214/aoms/1177706645).
 # B batch, N units of a layer, P pairs of units, W words of 64 bits
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,22 +27,27 @@ Distribution = Literal["gaussian", "rademacher"]
 DISTRIBUTIONS: tuple[Distribution, ...] = ("gaussian", "rademacher")
 
 
-def noise(
-    keys: Sequence[int],
-    units: int,
-    *,
-    distribution: Distribution,
-    device: torch.device | str = "cpu",
-) -> Tensor:
-    """`[B, N]` in fp32 with mean 0 and variance 1.
+def noise(keys_B: Tensor, units: int, *, distribution: Distribution) -> Tensor:
+    """`[B, N]` in fp32 with mean 0 and variance 1, on the device of the keys.
 
-    Row b depends on the 64-bit `keys[b]`, and on `units` and `distribution`, but on no other row.
+    Row b depends on the 64-bit `keys_B[b]` (int64), and on `units` and `distribution`, but on no
+    other row.
 
     Raises: ValueError for an unknown `distribution`.
     """
     refuse_unless_one_of("noise", DISTRIBUTIONS, distribution=distribution)
-    keys_B = torch.tensor([signed(key) for key in keys], dtype=torch.int64, device=device)
     return _normal(keys_B, units) if distribution == "gaussian" else _signs(keys_B, units)
+
+
+def keys_of(*counters: int | Tensor) -> Tensor:
+    """`counter_hash` of counters that are numbers or tensors of int64, broadcast; the last is a
+    tensor. It is computed on their device.
+    """
+    key: Any = 0
+    for counter in counters:
+        key = mix((key ^ counter) + INCREMENT)
+        key = key if isinstance(key, Tensor) else signed(key & _LOW64)
+    return key
 
 
 def _normal(keys_B: Tensor, units: int) -> Tensor:
@@ -75,4 +79,4 @@ def _bits(keys_B: Tensor, count: int) -> Tensor:
     return mix(keys_B[:, None] + torch.arange(1, count + 1, device=keys_B.device) * INCREMENT)
 
 
-_LOW32 = (1 << 32) - 1
+_LOW32, _LOW64 = (1 << 32) - 1, (1 << 64) - 1

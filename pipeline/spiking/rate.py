@@ -232,13 +232,9 @@ def rate_readout(neuron: nn.Module) -> nn.Module:
 
 def rate_weights(decay: float, x_TB: Tensor) -> Tensor:
     """decay^(T-t) / sum over the T steps of `x_TB`, `[T]`; for decay 1 each weight is 1 / T."""
-    powers = [decay**exponent for exponent in reversed(range(len(x_TB)))]
-    total = sum(powers)
-    return torch.tensor(
-        [power / total for power in powers],
-        dtype=membrane_dtype(x_TB),
-        device=x_TB.device,
-    )
+    exponents_T = torch.arange(len(x_TB) - 1, -1, -1, dtype=torch.float64, device=x_TB.device)
+    powers_T = decay**exponents_T
+    return (powers_T / powers_T.sum()).to(membrane_dtype(x_TB))
 
 
 class _ClampedThreshold(torch.autograd.Function):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.core.random import counter_hash
+from pipeline.core.random import counter_hash, signed
 from pipeline.models.mlp import mlp
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.models.transforms import multi_head, select_head
@@ -140,7 +140,8 @@ def by_hand(
         factors, slopes, noises = [], [], []
         drawn, sign = (t // 2 * 2, (-1) ** t) if antithetic else (t, 1)
         for layer in range(2):
-            keys = [counter_hash(seed, 0, row, layer, drawn) for row in range(size)]
+            hashes = [counter_hash(seed, 0, row, layer, drawn) for row in range(size)]
+            keys = torch.tensor(list(map(signed, hashes)))
             z = sign * noise(keys, v[layer].shape[1], distribution="gaussian").double()
             n = alpha * z
             noises.append(z)

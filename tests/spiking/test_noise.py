@@ -7,22 +7,29 @@ import math
 import pytest
 import torch
 
-from pipeline.core.random import INCREMENT, counter_hash
-from pipeline.spiking.noise import _bits, noise
+from pipeline.core.random import INCREMENT, counter_hash, signed
+from pipeline.spiking.noise import _bits, keys_of, noise
 from tests.helpers.rule_networks import refusals
 
 MASK = (1 << 64) - 1
-KEYS = [counter_hash(7, row) for row in range(64)]
+KEYS = keys_of(7, torch.arange(64))
 
 
 def test_bits_are_those_of_the_rules_hash():
     """counter_hash(c) is the mix of c + g, so number j of a key is counter_hash(key + j g)."""
     keys = [0, 5, MASK, 1 << 63]
-    signed = torch.tensor([key - (1 << 64) if key >> 63 else key for key in keys])
-    for row, key in zip(_bits(signed, 5).tolist(), keys, strict=True):
+    keys_B = torch.tensor(list(map(signed, keys)))
+    for row, key in zip(_bits(keys_B, 5).tolist(), keys, strict=True):
         assert [bits & MASK for bits in row] == [
             counter_hash((key + j * INCREMENT) & MASK) for j in range(5)
         ]
+
+
+def test_keys_are_the_rules_hashes():
+    rows, layers = torch.tensor([0, 3, 2**40]), torch.tensor([[0], [5]])
+    assert keys_of(7, 11, rows, layers).tolist() == [
+        [signed(counter_hash(7, 11, row, layer)) for row in rows.tolist()] for layer in (0, 5)
+    ]
 
 
 @pytest.mark.parametrize(("distribution", "fourth"), [("gaussian", 3.0), ("rademacher", 1.0)])
@@ -51,9 +58,7 @@ def test_a_row_depends_on_its_key_alone(distribution, units):
     whole = noise(KEYS, units, distribution=distribution)
     assert whole.shape == (64, units) and whole.dtype == torch.float32
     for rows in ([3], [9, 3], list(range(64))[::-1]):
-        assert torch.equal(
-            noise([KEYS[row] for row in rows], units, distribution=distribution), whole[rows]
-        )
+        assert torch.equal(noise(KEYS[rows], units, distribution=distribution), whole[rows])
     assert units < 63 or len({tuple(row) for row in whole.tolist()}) == 64
 
 
