@@ -131,7 +131,10 @@ def test_a_checkpoint_brings_the_sizes(build):
     first, second = build(), build()
 
     def signal(feedback: ErrorFeedback, units: int) -> None:
-        e_BK, z_BN = torch.ones(2, OUTPUTS), noise([1, 2], units, distribution="gaussian")
+        e_BK, z_BN = (
+            torch.ones(2, OUTPUTS),
+            noise(torch.tensor([1, 2]), units, distribution="gaussian"),
+        )
         feedback.signal(0, units, e_BK=e_BK, o_BK=e_BK, z_BN=z_BN)
 
     signal(first, 6)
