@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.core.checks import parse_time_steps
-from pipeline.core.random import DONOR, bits, counter_hash
+from pipeline.core.random import DONOR, bits, counter_hash, signed
 from pipeline.core.torch_settings import computing
 from pipeline.data.base import Data
 from pipeline.measure.memory import device_here
@@ -292,10 +292,9 @@ class Moments:
             mean_C, deviation_C = (
                 each_C.view(-1, *[1] * (v_B.dim() - 2)) for each_C in self.of(name, t)
             )
-            keys = keys_of(places[name], t)
-            z_B = noise(keys, v_B[0].numel(), distribution="gaussian", device=v_B.device).view_as(
-                v_B
-            )
+            keys_B = torch.tensor([signed(key) for key in keys_of(places[name], t)])
+            z_BN = noise(keys_B.to(v_B.device), v_B[0].numel(), distribution="gaussian")
+            z_B = z_BN.view_as(v_B)
             return (mean_C + deviation_C * z_B).to(v_B.dtype)
 
         return changed(membranes, draw)

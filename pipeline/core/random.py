@@ -94,6 +94,17 @@ def counter_hash(*counters: int) -> int:
     return z
 
 
+def hash_on_device(*counters: Any) -> Any:
+    """`counter_hash` of numbers and int64 tensors, at least one of them a tensor. The tensors are
+    broadcast, and the result is on their device.
+    """
+    z: Any = 0
+    for counter in counters:
+        z = mix((z ^ counter) + INCREMENT)
+        z = signed(z & _LOW64) if isinstance(z, int) else z
+    return z
+
+
 def bits(
     seed: ArrayLike, epoch: ArrayLike, index: ArrayLike, draw: ArrayLike
 ) -> NDArray[np.uint64]:

@@ -25,7 +25,7 @@ import platform
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -82,13 +82,21 @@ def computing(device: torch.device, precision: Precision) -> Iterator[None]:
         yield
 
 
-def autocast(device: torch.device, precision: Precision) -> torch.autocast:
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
     """torch's autocast to bf16. With another precision it is disabled.
 
     The operations that torch lists as safe (matrix products, convolutions) are computed in bf16.
     Parameters and membrane potentials stay fp32.
     """
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
+    if precision == "bf16":
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return without_autocast(device)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context whose operations on `device` have the precision of their operands."""
+    # The meta device has no autocast, and torch refuses to disable it there.
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 _FP32: dict[Precision, str] = {"fp32": "ieee", "tf32": "tf32", "bf16": "ieee"}

@@ -26,12 +26,10 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
 from pipeline.core.errors import require_data
-from pipeline.core.random import MIX, MIX_BY_CUT, MIX_SHARE, MIX_X, MIX_Y, below, bits, uniform
+from pipeline.core.random import MIX, MIX_BY_CUT, MIX_SHARE, MIX_X, MIX_Y, hash_on_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,62 +89,69 @@ class Mixing:
         `rows`: the positions of the samples in the global batch.
         """
         assert len(rows) == len(x_B) and rows.start % 2 == len(rows) % 2 == 0, rows
-        lam_B, box_B4 = self._draw(
-            x_B.shape[-2], x_B.shape[-1], seed=seed, step=step, rows=np.asarray(rows)
-        )
-        target_BK = F.one_hot(target_B, classes).to(x_B.dtype)
-        weight_B = torch.from_numpy(lam_B).to(x_B)
+        lam_B, box_B4 = self._draw(x_B, seed=seed, step=step, rows=rows)
+        target_BK = x_B.new_zeros(len(x_B), classes).scatter_(1, target_B[:, None], 1)
+        weight_B = lam_B.to(x_B)
         mixed_target_BK = _neighbours(target_BK).lerp_(target_BK, weight_B[:, None])
         weight_B = weight_B.view(-1, *[1] * (x_B.dim() - 1))
         if box_B4 is not None:
-            weight_B = _pixel_weights(weight_B, torch.from_numpy(box_B4).to(x_B.device), x_B)
+            weight_B = _pixel_weights(weight_B, box_B4, x_B)
         return _neighbours(x_B).lerp_(x_B, weight_B), mixed_target_BK
 
     def _draw(
-        self, height: int, width: int, *, seed: int, step: int, rows: NDArray[np.int64]
-    ) -> tuple[NDArray[np.float64], NDArray[np.int64] | None]:
-        """The share lam that each sample keeps, and its replaced box (top, bottom, left, right).
+        self, x_B: Tensor, *, seed: int, step: int, rows: range
+    ) -> tuple[Tensor, Tensor | None]:
+        """The share lam that each sample keeps, and its replaced box (top, bottom, left, right), in
+        float64 and int64 on the device of `x_B`.
 
-        The box of a sample without one is (-1, -1, -1, -1). If no sample has a box, the boxes are
-        None.
+        The box of a sample without one is (-1, -1, -1, -1). Without CutMix the boxes are None.
         """
-        key_B = {"batch": np.zeros_like(rows), "pair": rows // 2, "sample": rows}[self.per]
-        draw = lambda number: bits(seed, step, key_B, number)
-        quantile_B = (draw(MIX_SHARE) >> np.uint64(52)).astype(np.int64)
-        is_cutmix_B = np.full(len(rows), self.cutmix > 0)
-        if self.mixup > 0 and self.cutmix > 0:
-            is_cutmix_B = uniform(draw(MIX_BY_CUT)) < (0.5 if self.switch is None else self.switch)
-        lam_B = np.where(is_cutmix_B, _beta(self.cutmix)[quantile_B], _beta(self.mixup)[quantile_B])
-        is_mixed_B = uniform(draw(MIX)) < self.probability
-        is_cutmix_B &= is_mixed_B
-        lam_B = np.where(is_mixed_B, lam_B, 1.0)
-        if not is_cutmix_B.any():
-            return lam_B, None
+        row_B = torch.arange(rows.start, rows.stop, device=x_B.device)
+        key_B = {"batch": torch.zeros_like(row_B), "pair": row_B // 2, "sample": row_B}[self.per]
+        draw = lambda number: hash_on_device(seed, step, key_B, number)
+        uniform = lambda number: ((draw(number) >> 11) & (2**53 - 1)).double() * 2.0**-53
+        quantile_B = (draw(MIX_SHARE) >> 52) & 0xFFF
+        cutmix_B, mixup_B = (
+            _beta(each, x_B.device)[quantile_B] for each in (self.cutmix, self.mixup)
+        )
+        is_mixed_B = uniform(MIX) < self.probability
+        one_B = torch.ones_like(mixup_B)
+        if self.cutmix == 0:
+            return torch.where(is_mixed_B, mixup_B, one_B), None
+        is_cutmix_B = is_mixed_B
+        if self.mixup > 0:
+            switch = 0.5 if self.switch is None else self.switch
+            is_cutmix_B = is_mixed_B & (uniform(MIX_BY_CUT) < switch)
         # Each box has a random centre, the image's aspect ratio and the share 1 - lam of its area.
         # It is then clipped at the image's border, and lam becomes the share outside of it.
+        height, width = x_B.shape[-2:]
         edges = []
-        for bits_B, length in ((draw(MIX_Y), height), (draw(MIX_X), width)):
-            middle_B = below(bits_B, length)
-            size_B = (length * np.sqrt(1 - lam_B)).astype(np.int64)
-            edges += [middle_B - size_B // 2, middle_B + (size_B + 1) // 2]
-        box_B4 = np.clip(np.stack(edges, -1), 0, [height, height, width, width])
-        top_B, bottom_B, left_B, right_B = box_B4.T
-        box_share_B = (bottom_B - top_B) * (right_B - left_B) / (height * width)
-        lam_B = np.where(is_cutmix_B, 1 - box_share_B, lam_B)
-        return lam_B, np.where(is_cutmix_B[:, None], box_B4, -1)
+        for number, length in ((MIX_Y, height), (MIX_X, width)):
+            middle_B = (((draw(number) >> 32) & 0xFFFF_FFFF) * length) >> 32
+            size_B = (length * (1 - cutmix_B).sqrt()).long()
+            edges += [
+                (middle_B - size_B // 2).clamp(0, length),
+                (middle_B + (size_B + 1) // 2).clamp(0, length),
+            ]
+        top_B, bottom_B, left_B, right_B = edges
+        area_B = (bottom_B - top_B) * (right_B - left_B)
+        lam_B = torch.where(is_mixed_B, mixup_B, one_B)
+        lam_B = torch.where(is_cutmix_B, 1 - area_B.double() / (height * width), lam_B)
+        return lam_B, torch.where(is_cutmix_B[:, None], torch.stack(edges, -1), -1)
 
 
 @cache
-def _beta(parameter: float) -> NDArray[np.float64]:
+def _beta(parameter: float, device: torch.device) -> Tensor:
     """4096 values at evenly spaced quantiles of Beta(parameter, parameter); all 1 for 0.
 
     They are rounded, because releases of scipy may differ in the last digit.
     """
     if parameter == 0:
-        return np.ones(4096)
+        return torch.ones(4096, dtype=torch.float64, device=device)
     from scipy.special import betaincinv  # scipy comes with the extra [train]
 
-    return np.round(betaincinv(parameter, parameter, (np.arange(4096) + 0.5) / 4096), 6)
+    values = np.round(betaincinv(parameter, parameter, (np.arange(4096) + 0.5) / 4096), 6)
+    return torch.from_numpy(values).to(device)
 
 
 def _pixel_weights(weight_B: Tensor, box_B4: Tensor, x_B: Tensor) -> Tensor:

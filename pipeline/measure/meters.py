@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -54,10 +54,16 @@ class _MicroBatch(NamedTuple):
     share: float  # of the global batch
 
 
-@dataclass
+@dataclass(eq=False)
 class _Batch:
-    """Measurements of the current batch. A completed batch adds them to the totals."""
+    """Measurements of one batch. A completed batch adds them to the totals."""
 
+    step: int
+    kind: Literal["first", "counted", "steady"]
+    counted: Quantity | None
+    # the totals' fields about operations, before the batch
+    operations_before: dict[str, Any]
+    is_dropped: bool = False
     # loss and logits of each term of the current micro-batch
     loss_terms: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     micro_batches: list[_MicroBatch] = field(default_factory=list)
@@ -103,35 +109,33 @@ class Meters:
         self._energy_counter = EnergyCounter(device)
         self._last_reading_j: float | None = None
         self._started_batches = 0
-        # the kinds of the batches that were completed since the clock was read
-        self._kinds: list[Literal["first", "counted", "steady"]] = []
+        self._unread: list[_Batch] = []  # completed since the clock was read
         # to be counted on the next completed batches, the earliest first
         self._due: dict[Quantity, None] = {}
         self._saved_bytes: SavedBytes | None = None  # counts the bytes of the current batch
         self._instrument: Pausable | None = None  # observes the current batch
         self._next_instrument: Pausable | None = None  # will observe the next batch
         self._nested_s = 0.0  # seconds of sections nested in the open section between batches
-        self._batch = _Batch()
-        # since the last `take`: micro-batches, and the seconds of each batch by part
-        self._micro_batches: list[_MicroBatch] = []
+        self._batch = _Batch(-1, "first", None, {})
+        # since the last `take`: completed batches, and the seconds of each by part
+        self._batches: list[_Batch] = []
         self._batch_seconds: list[dict[str, float]] = []
 
     @contextmanager
     def batch(self, step: int) -> Iterator[None]:
         """Surround one global batch. On some batches saved bytes or operations are counted.
 
-        If a batch raises, only the host's seconds are recorded, as "skipped". The first batch of an
-        attempt includes imports and compilation. Its seconds are start-up time, which `Trainer`
-        records.
+        A batch that raises is not recorded. The first batch of an attempt includes imports and
+        compilation. Its seconds are start-up time, which `Trainer` records.
         """
-        start = time.perf_counter()
         is_first = self._started_batches == 0
         counted = self._quantity_to_count(self._started_batches, step)
         operations = Operations(self.network) if counted == "operations" else None
         self._instrument = instrument = operations or self._next_instrument
         self._started_batches += 1
         self._next_instrument = None
-        self._batch = batch = _Batch()
+        kind = "first" if is_first else "steady" if counted is None else "counted"
+        self._batch = batch = _Batch(step, kind, counted, self._operations())
         if instrument is not None:
             self.note_peaks()
         try:
@@ -142,16 +146,12 @@ class Meters:
             ):
                 self._saved_bytes = saved
                 yield
-        except BaseException:
-            if not is_first:
-                self.totals.seconds["skipped"] += time.perf_counter() - start
-            raise
         finally:
             self._instrument = self._saved_bytes = None
             if instrument is not None:
                 self.forget_peaks()  # excludes the memory of the instrument itself
-        self._kinds.append("first" if is_first else "steady" if counted is None else "counted")
-        self._micro_batches += batch.micro_batches
+        self._unread.append(batch)
+        self._batches.append(batch)
         if counted is not None:
             self._due.pop(counted, None)
         if saved is not None:
@@ -164,6 +164,28 @@ class Meters:
             )
         self.totals.backward_calls += batch.backward_calls
         self.totals.batches += 1
+
+    def drop(self, step: int) -> None:
+        """Count the seconds of batch `step` as skipped, and nothing else of it but peaks of memory.
+        The quantity that was due on it is counted on the next batch. The batch must have been
+        completed after the last `take`.
+        """
+        [batch] = [each for each in self._unread if each.step == step]
+        batch.is_dropped = True
+        if batch.counted is not None:
+            self._due.setdefault(batch.counted)
+        vars(self.totals).update(batch.operations_before)
+        self._batches.remove(batch)
+        self.totals.backward_calls -= batch.backward_calls
+        self.totals.batches -= 1
+
+    def _operations(self) -> dict[str, Any]:
+        totals = self.totals
+        return {
+            "operations": dict(totals.operations),
+            "operation_samples": totals.operation_samples,
+            "not_counted": totals.not_counted,
+        }
 
     def watch(self, instrument: Pausable) -> None:
         """Let an instrument observe the next batch, unless that batch's operations are counted."""
@@ -232,7 +254,8 @@ class Meters:
         over ranks.
         """
         self._read_clock()
-        micro_batches, self._micro_batches = self._micro_batches, []
+        taken, self._batches = self._batches, []
+        micro_batches = [each for batch in taken for each in batch.micro_batches]
         batches, self._batch_seconds = self._batch_seconds, []
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, hits, samples
         if micro_batches:
@@ -334,18 +357,21 @@ class Meters:
 
     def _read_clock(self) -> None:
         totals = self.totals
-        kinds, self._kinds = self._kinds, []
-        for kind, seconds in zip(kinds, self.clock.take(), strict=True):
+        unread, self._unread = self._unread, []
+        for batch, seconds in zip(unread, self.clock.take(), strict=True):
+            if batch.is_dropped:
+                totals.seconds["skipped"] += 0 if batch.kind == "first" else sum(seconds.values())
+                continue
             self._batch_seconds.append(seconds)
-            if kind == "first":
+            if batch.kind == "first":
                 continue
             totals.timed_batches += 1
-            if kind == "steady":
+            if batch.kind == "steady":
                 totals.steady_batches += 1
                 totals.steady_samples += self.batch_size
             for name, value in seconds.items():
                 totals.seconds[name] += value
-                if kind == "steady":
+                if batch.kind == "steady":
                     totals.steady_seconds[name] += value
 
 

@@ -66,9 +66,9 @@ class Rule(nn.Module):
     """Base class of the rules. A rule is a Module, so checkpoints include its buffers.
 
     A subclass overrides `_loss_terms`, and `attach` if it sets seams. State that a rule learns
-    without gradients must be in fp32 buffers. It must be updated in `end_of_batch`, with bit-equal
-    results on all ranks. `label` is the rule's name in tables; it must be unique within a study.
-    The default is the name of the class. A subclass declares:
+    without gradients must be in fp32 buffers on the model's device. It must be updated in
+    `end_of_batch`, with bit-equal results on all ranks. `label` is the rule's name in tables; it
+    must be unique within a study. The default is the name of the class. A subclass declares:
 
         memory                  how the memory for its backward grows with T
         update                  when the training loop may update the weights: after the batch, or

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of, require
+from pipeline.core.torch_settings import without_autocast
 from pipeline.rules.base import OverTime, Rule, World
 from pipeline.spiking.encode import is_static
 from pipeline.spiking.neuron import named_neurons
@@ -199,7 +200,7 @@ class _RateMap(torch.autograd.Function):
 def _unclamped_rate(lif: RateNeuron, x_TB: Tensor, gain: float) -> Tensor:
     """gain I of the input `x_TB`, at least in fp32."""
     weights_T = rate_weights(lif.decay, x_TB)
-    with torch.autocast(x_TB.device.type, enabled=False), op_scope("rates"):
+    with without_autocast(x_TB.device), op_scope("rates"):
         return gain * torch.tensordot(weights_T, x_TB.to(weights_T.dtype), dims=1)
 
 

@@ -168,6 +168,7 @@ class HLOP(Rule):
         self.error: Error = error
         self.skip = tuple(skip)
         self.register_buffer("task", torch.tensor([0]))
+        self._has_old_task = False  # whether `task` > 0
         self.subspaces: Any = nn.ModuleList()
         self._recorders: list[InputRecorder] = []
         self._feedback: list[FixedFeedback] = []
@@ -200,6 +201,7 @@ class HLOP(Rule):
                 f" got {self.inner.label}"
             )
         self._mark_attached(model, world, over_time)
+        self._has_old_task = False
         self.task = torch.tensor([0])  # not `zeros`, because fake tensors would have no value
         self.subspaces = nn.ModuleList(
             Subspace(
@@ -223,7 +225,7 @@ class HLOP(Rule):
                 # From the second task on the gradient is 0. The optimizer keeps the parameter.
                 self._hooks.append(
                     parameter.register_hook(
-                        lambda g: torch.zeros_like(g) if int(self.task) else None
+                        lambda g: torch.zeros_like(g) if self._has_old_task else None
                     )
                 )
 
@@ -285,6 +287,7 @@ class HLOP(Rule):
             f"{self.label}: tasks must start in order; got task {task} after task {int(self.task)}",
         )
         self.task += 1
+        self._has_old_task = True
         self._grow_subspaces()
         for norm in self._unfrozen_norms():  # the mean, so that all ranks freeze the same values
             norm.running_mean.copy_(self.world.mean(norm.running_mean))
@@ -325,10 +328,10 @@ class HLOP(Rule):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        for recorder in self._recorders:  # `last` is of another batch than the checkpoint
-            recorder.last = None
+        self.begin_batch()  # the moments are of another batch than the checkpoint
         # start_task is not called again for the task of the checkpoint.
-        if int(self.task) and self._attached:
+        self._has_old_task = int(self.task) > 0
+        if self._has_old_task and self._attached:
             for norm in self._unfrozen_norms():
                 self.set_seam(norm, "frozen", True)
 
@@ -336,7 +339,7 @@ class HLOP(Rule):
 
     def begin_batch(self) -> None:
         for recorder in self._recorders:
-            recorder.pending = None
+            recorder.pending = recorder.last = None
 
     def _loss_terms(
         self, model: nn.Module, x_TB: Tensor, loss_fn: LossFn, step: int, rows: Sequence[int]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.checks import are_counts, refuse_unless_one_of, require
-from pipeline.core.random import counter_hash
+from pipeline.core.random import counter_hash, hash_on_device
 from pipeline.rules.base import (
     LossFn,
     LossTerm,
@@ -31,7 +31,7 @@ from pipeline.spiking.local_learning import (
     refuse_skip_connections,
 )
 from pipeline.spiking.neuron import LIF, named_neurons
-from pipeline.spiking.noise import DISTRIBUTIONS, Distribution, keys_of
+from pipeline.spiking.noise import DISTRIBUTIONS, Distribution
 from pipeline.spiking.state import fresh_state, set_temporarily
 from pipeline.spiking.synapse import Conv2d, Linear
 from pipeline.spiking.trace import (
@@ -253,7 +253,7 @@ class OPZO(Rule):
             count(rows.start, rows.stop) if isinstance(rows, range) else steps_T.new_tensor(rows)
         )
         layers_L1 = count(len(self._layers)).view(-1, 1)
-        return keys_of(self.world.seed, step, rows_B, layers_L1, steps_T.view(-1, 1, 1))
+        return hash_on_device(self.world.seed, step, rows_B, layers_L1, steps_T.view(-1, 1, 1))
 
     def _loss_term(self, logits_1BK: Tensor, loss_fn: LossFn, steps: int) -> LossTerm:
         """The loss term of one step.

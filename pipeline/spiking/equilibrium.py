@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.core.checks import require
+from pipeline.core.torch_settings import without_autocast
 from pipeline.spiking.encode import is_static
 from pipeline.spiking.neuron import LIF, PLIF, identity, named_neurons
 from pipeline.spiking.norm import batch_norms
@@ -310,7 +311,7 @@ class _ImplicitGradient(torch.autograd.Function):
             )
             return torch.full_like(g_1B, math.nan), None, None, None, None, None
         # Without autocast, because the rounding errors of bf16 add up over the iterations.
-        with torch.autocast(a_1B.device.type, enabled=False), op_scope("solver"):
+        with without_autocast(a_1B.device), op_scope("solver"):
             vjp = Linearized(ctx.equilibrium, a_1B, current_1B.to(a_1B.dtype))
             beta = ctx.adjoint(g_1B.squeeze(0), vjp)
         if not isinstance(beta, Tensor):

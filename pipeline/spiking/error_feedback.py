@@ -123,13 +123,12 @@ class MeanJacobian(ErrorFeedback):
         super().__init__()
         self.momentum = momentum
         self.scale = scale
-        # The number k of updates stays on the CPU, because every step reads its value.
         self.register_buffer("updates", torch.zeros(1, dtype=torch.int64))
         self.discard()
 
     def reset(self, device: torch.device) -> None:
         super().reset(device)
-        self.updates.zero_()
+        self.updates = torch.zeros_like(self.updates, device=device)
         self.discard()
 
     def discard(self) -> None:
@@ -160,8 +159,10 @@ class MeanJacobian(ErrorFeedback):
 
     def jacobian(self, layer: int) -> Tensor:
         """M / (1 - lam^k) `[N, K]`: the estimate of a layer's mean Jacobian (do/ds)^T."""
-        matrix, updates = self.get_buffer(f"matrix_{layer}"), int(self.updates)
-        return matrix / (1 - self.momentum**updates) if updates else matrix
+        updates = self.updates[0].double()
+        # Before the first update M is 0, whatever divides it.
+        share = 1 - self.momentum ** updates.clamp_min(1)
+        return self.get_buffer(f"matrix_{layer}") / share
 
     @torch.no_grad()
     def end_of_batch(self, mean: Callable[[Tensor], Tensor]) -> None:

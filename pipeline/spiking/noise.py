@@ -15,13 +15,13 @@ Source: Box & Muller 1958 (doi 10.1214/aoms/1177706645).
 # B batch, N units of a layer, P pairs of units, W words of 64 bits
 
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pipeline.core.checks import refuse_unless_one_of
-from pipeline.core.random import INCREMENT, mix, signed
+from pipeline.core.random import INCREMENT, mix
 
 Distribution = Literal["gaussian", "rademacher"]
 DISTRIBUTIONS: tuple[Distribution, ...] = ("gaussian", "rademacher")
@@ -37,17 +37,6 @@ def noise(keys_B: Tensor, units: int, *, distribution: Distribution) -> Tensor:
     """
     refuse_unless_one_of("noise", DISTRIBUTIONS, distribution=distribution)
     return _normal(keys_B, units) if distribution == "gaussian" else _signs(keys_B, units)
-
-
-def keys_of(*counters: int | Tensor) -> Tensor:
-    """`counter_hash` of counters that are numbers or tensors of int64, broadcast; the last is a
-    tensor. It is computed on their device.
-    """
-    key: Any = 0
-    for counter in counters:
-        key = mix((key ^ counter) + INCREMENT)
-        key = key if isinstance(key, Tensor) else signed(key & _LOW64)
-    return key
 
 
 def _normal(keys_B: Tensor, units: int) -> Tensor:

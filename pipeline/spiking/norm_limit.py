@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.checks import require
+from pipeline.core.torch_settings import without_autocast
 from pipeline.spiking.op_scope import op_scope
 from pipeline.spiking.state import State
 
@@ -116,14 +117,14 @@ class FrobeniusLimit(LimitedSynapse):
 
 def singular_value(u: Tensor, V: Tensor, v: Tensor) -> Tensor:
     """u^T V v, at least in fp32, with its gradient u v^T."""
-    with torch.autocast(V.device.type, enabled=False), op_scope("limit"):
+    with without_autocast(V.device), op_scope("limit"):
         return u @ V.to(u.dtype) @ v
 
 
 @torch.no_grad()
 def product(V: Tensor, v: Tensor) -> Tensor:
     """V v without a graph. If the product has changed, V has changed."""
-    with torch.autocast(V.device.type, enabled=False), op_scope("limit"):
+    with without_autocast(V.device), op_scope("limit"):
         return V.to(v.dtype) @ v
 
 
@@ -135,7 +136,7 @@ def top_singular_vectors(V: Tensor, *, steps: int) -> tuple[Tensor, Tensor]:
     too small (relative), also for random square matrices of size 400, whose largest singular values
     are close to each other (tests/spiking/test_norm_limit.py).
     """
-    with torch.no_grad(), torch.autocast(V.device.type, enabled=False), op_scope("limit"):
+    with torch.no_grad(), without_autocast(V.device), op_scope("limit"):
         V = V.to(torch.promote_types(V.dtype, torch.float32))
         A = V if V.shape[0] >= V.shape[1] else V.T
         size = A.shape[1]

@@ -9,8 +9,7 @@ depend on how a batch is divided:
     norms and dropout     depend on the samples of a micro-batch. A micro-batch has the same rows at
                           every size. Only the number of micro-batches that a worker accumulates
                           changes
-    dropout               is drawn from (seed, step, first row of the micro-batch), not from a
-                          stream of each rank
+    dropout               is drawn from (seed, step, first row of the micro-batch), as in every run
     running statistics    are updated by each micro-batch, so they depend on the size. Their mean
                           over ranks is saved, too. An attempt with another size starts with it
     a rule's own state    is averaged over ranks by every rule

@@ -31,7 +31,7 @@ class Guard:
     """Decides whether a batch may change the weights. This base class accepts every batch."""
 
     def batch(self, step: int) -> AbstractContextManager[None]:
-        """A context around a batch. It undoes the effects of a batch that `check` rejects."""
+        """A context around a batch."""
         return nullcontext()
 
     def keep(self) -> None:
@@ -42,8 +42,11 @@ class Guard:
         over micro-batches and ranks.
         """
 
-    def check(self) -> None:
-        """Raise an exception if the batch is bad. Called before each optimizer step. Collective."""
+    def check(self) -> Tensor | bool:
+        """Whether the batch is bad, in the form that `Backend.step` accepts. The effects of a bad
+        batch on buffers and on the rule are undone. Called before each optimizer step. Collective.
+        """
+        return False
 
 
 def train_batch(
@@ -83,6 +86,6 @@ def train_batch(
 
 def _move_weights(backend: Backend, meters: Meters, guard: Guard) -> None:
     with meters.part("metrics"):
-        guard.check()
+        bad = guard.check()
     with meters.part("optimizer"):
-        backend.step()
+        backend.step(bad)

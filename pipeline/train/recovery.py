@@ -1,13 +1,12 @@
 """Recovery: how a run survives a fault by itself.
 
-    SkipBatch         the effects of the batch are undone, and training continues with the next one
     Rollback          the run starts again at its newest checkpoint. If the batches caused the
                       fault, it skips the batches since that checkpoint, the last one included
     HalveMicroBatch   memory ran out: the run starts again with at most half as many samples at a
                       time
 
-`worker.py` catches `StartAgain`, the base of the last two, and starts the next attempt. `Decisions`
-apply to the rest of the run. They are stored in a file of the run's folder and in each checkpoint.
+`worker.py` catches `StartAgain`, the base of both, and starts the next attempt. `Decisions` apply
+to the rest of the run. They are stored in a file of the run's folder and in each checkpoint.
 If the folder is lost, only the decisions since the newest checkpoint are lost.
 """
 
@@ -23,16 +22,10 @@ from pipeline.core.units import counted
 from pipeline.recipe.recipe import Recipe, read_json, write_json
 
 
-class Recovery(Exception):
-    """A fault that the run survives by itself."""
-
-
-class SkipBatch(Recovery):
-    """The batch must not move the weights. Every rank raises this error."""
-
-
-class StartAgain(Recovery):
-    """The attempt ends. The worker starts another attempt at the newest checkpoint."""
+class StartAgain(Exception):
+    """A fault that the run survives by itself. The attempt ends. The worker starts another attempt
+    at the newest checkpoint.
+    """
 
 
 class Rollback(StartAgain):

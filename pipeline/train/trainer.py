@@ -84,7 +84,7 @@ class Trainer:
             spike=self.recipe.policy.loss_spike,
             max_skips=self.recipe.policy.max_skips,
             can_undo=can_undo(self.recipe, context.rule),
-            on_skip=lambda step, reason: self._report_skip(step, reason, self.recipe.remedy),
+            on_skip=self._drop,
             state=restored["guard"],
         )
         self.saving = SavingHooks(context, step=self.step, state=self._state)
@@ -220,8 +220,7 @@ class Trainer:
                 x_B = batch.x.to(self.ranks.device, non_blocking=True)
                 target_B = batch.target.to(self.ranks.device, non_blocking=True)
                 first = (index * split.workers + self.ranks.rank) * split.micro_batch
-                if len(context.rank_info.possible_sizes) > 1:
-                    seed_micro_batch(recipe.seed, step=self.step, first_row=first)
+                seed_micro_batch(recipe.seed, step=self.step, first_row=first)
                 rows = range(first, first + split.micro_batch)
                 if context.mixing is not None:
                     x_B, target_B = context.mixing(
@@ -248,6 +247,7 @@ class Trainer:
     def _between_batches(self, epoch: int, *, last: bool) -> None:
         self.context.watchdog.beat()
         if self.step % self.recipe.log_every == 0 or last:
+            self.guard.settle()
             metrics = self.meters.take(self.ranks.sum)
             self._report_slowness()
             metrics["lr"] = self.backend.optimizer.param_groups[0]["lr"]
@@ -360,11 +360,12 @@ class Trainer:
 
     def _state(self) -> dict[str, Any]:
         """The state of this object in a checkpoint; `__init__` restores it. Collective."""
+        guard = self.guard.state_dict()  # first: it may drop a batch from the totals
         return {
+            "guard": guard,
             "totals": asdict(self.meters.totals_over_ranks(self.ranks.max, self.ranks.mean)),
             "rule_metrics": self._rule_metrics(),
             "learnt": asdict(self.task_results),
-            "guard": self.guard.state_dict(),
         }
 
     def _rule_metrics(self) -> dict[str, float]:
@@ -377,6 +378,10 @@ class Trainer:
         return stretch_at(self.context.stretches, step).epoch(step)
 
     # -------------------------------------------------------------------------------------- reports
+
+    def _drop(self, step: int, reason: str) -> None:
+        self.meters.drop(step)
+        self._report_skip(step, reason, self.recipe.remedy)
 
     def _report_skip(self, step: int, reason: str, advice: str = "") -> None:
         self.tracker.write(

@@ -45,7 +45,7 @@ pytestmark = pytest.mark.timeout(240)
 
 SEED = 20261128  # of the steps and files at which something happens
 STEPS = [3, 6, 8, 9, 12, 15, 16]  # of the checkpoints: each third, and each epoch's end
-FILES = ["plain/state.pt", "rng_rank0.pt", "model.safetensors", "trainer.json", "manifest.json"]
+FILES = ["plain/state.pt", "buffers_rank0.pt", "model.safetensors", "trainer.json", "manifest.json"]
 
 
 def train(job: Any) -> None:

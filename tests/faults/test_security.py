@@ -223,7 +223,7 @@ def reseal(file: Path) -> None:
     [
         ("plain/state.pt", harmful),
         ("plain/average.pt", harmful),
-        ("rng_rank0.pt", harmful),
+        ("buffers_rank0.pt", harmful),
         ("rule.pt", harmful_alone),
     ],
 )

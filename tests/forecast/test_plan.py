@@ -1,12 +1,13 @@
 """Plans: counts of the whole step, and what follows from them (benchmarks/planned.py: how near)."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.core.errors import DataError
 from pipeline.data.datasets.synthetic import Synthetic
@@ -31,7 +32,6 @@ from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train.guards.anomaly import AnomalyGuard
 from pipeline.train.objective import CrossEntropy
-from pipeline.train.recovery import SkipBatch
 from pipeline.train.teaching import build_teacher
 from tests.forecast.test_probe import printed, recipe_with
 from tests.train.test_teaching import taught
@@ -287,11 +287,15 @@ def test_sums_here_grow_with_the_bytes_that_are_moved() -> None:
 def test_a_rule_that_cannot_be_timed_here_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     """As one whose gradient is not finite; the other rules are planned."""
 
-    def check(guard: AnomalyGuard) -> None:
-        if guard.rule.label == "BPTT":
-            raise SkipBatch("its loss is nan")
+    judge = AnomalyGuard._judge
 
-    monkeypatch.setattr(AnomalyGuard, "check", check)
+    def of_bptt_bad(guard: AnomalyGuard) -> Tensor:
+        verdict = judge(guard)
+        if guard.rule.label == "BPTT":
+            verdict[0], verdict[-1] = math.nan, 1.0  # the loss, and whether it is bad
+        return verdict
+
+    monkeypatch.setattr(AnomalyGuard, "_judge", of_bptt_bad)
     found = on(1, backend="plain", cluster={"device": None})
     assert [each.rule for each in found.rules] == ["SLTT"]
     assert found.refused == {"BPTT": "BPTT: cannot be timed; batch 0: its loss is nan"}

@@ -13,7 +13,7 @@ from pipeline.train.checkpoint import Checkpoints, CheckpointStore, SavedCheckpo
 FILES = {
     "model.safetensors",
     "plain/state.pt",
-    "rng_rank0.pt",
+    "buffers_rank0.pt",
     "rule.pt",
     "trainer.json",
     "manifest.json",

@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from pipeline.core.random import INCREMENT, counter_hash, signed
-from pipeline.spiking.noise import _bits, keys_of, noise
+from pipeline.core.random import INCREMENT, counter_hash, hash_on_device, signed
+from pipeline.spiking.noise import _bits, noise
 from tests.helpers.rule_networks import refusals
 
 MASK = (1 << 64) - 1
-KEYS = keys_of(7, torch.arange(64))
+KEYS = hash_on_device(7, torch.arange(64))
 
 
 def test_bits_are_those_of_the_rules_hash():
@@ -27,7 +27,7 @@ def test_bits_are_those_of_the_rules_hash():
 
 def test_keys_are_the_rules_hashes():
     rows, layers = torch.tensor([0, 3, 2**40]), torch.tensor([[0], [5]])
-    assert keys_of(7, 11, rows, layers).tolist() == [
+    assert hash_on_device(7, 11, rows, layers).tolist() == [
         [signed(counter_hash(7, 11, row, layer)) for row in rows.tolist()] for layer in (0, 5)
     ]
 

@@ -29,6 +29,8 @@ class Backend(Protocol):
     # the network that training calls: it maps [T,B,...] to [T,B,K] in the recipe's precision
     model: nn.Module
     optimizer: torch.optim.Optimizer  # a schedule sets its learning rates
+    # whether `step` accepts a flag on the device
+    skips_on_device: bool
 
     def backward(self, loss: Tensor, share: float) -> None:
         """Add the gradient of `share * loss`. The shares of all ranks and micro-batches of a global
@@ -49,9 +51,12 @@ class Backend(Protocol):
             ValueError: at ZeRO-1 and ZeRO-2, which hold gradients of their own.
         """
 
-    def step(self) -> None:
+    def step(self, bad: Tensor | bool = False) -> None:
         """Sum the gradients over ranks, clip them if the recipe has a `clip_norm`, move the
         weights, and delete the gradients.
+
+        `bad`: whether weights and optimizer state must keep their values. If `skips_on_device`, it
+        may be a tensor `[]` on the device, 1.0 or 0.0, which the host does not read.
         """
 
     def reset_optimizer(self) -> None:
@@ -107,6 +112,58 @@ def optimizer_reset(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
             group.update(copy.deepcopy(settings))
 
     return reset
+
+
+_FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
+_HOW = ("fused", "foreach")  # settings of how a step is computed, not of what
+
+
+def fuse(optimizer: torch.optim.Optimizer) -> bool:
+    """Let one kernel move all weights on a GPU, if torch has this kernel for the optimizer. The
+    kernel can skip a step by a flag on the device.
+
+    A checkpoint may come from another kind of device, so loading one keeps how steps are computed.
+    Returns whether steps can be skipped so.
+    """
+    if type(optimizer) not in _FUSED:
+        return False
+    groups = optimizer.param_groups
+    if all(parameter.is_cuda for group in groups for parameter in group["params"]):
+        for group in groups:
+            group.update(fused=True, foreach=False)
+
+    def keep_how(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        pairs = zip(state["param_groups"], optimizer.param_groups, strict=True)
+        kept = [{**saved, **{name: own[name] for name in _HOW}} for saved, own in pairs]
+        return {**state, "param_groups": kept}
+
+    optimizer.register_load_state_dict_pre_hook(keep_how)
+    return all(group["fused"] for group in groups)
+
+
+@contextmanager
+def skipping(optimizer: torch.optim.Optimizer, bad: Tensor | bool) -> Iterator[None]:
+    """Inside the context, a step of an optimizer that `fuse` accepts keeps all values if the flag
+    `bad` on the device is 1. torch's gradient scaler uses the same attribute.
+    """
+    if isinstance(bad, Tensor):
+        optimizer.found_inf = bad  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        vars(optimizer).pop("found_inf", None)
+
+
+def restore_where(bad: Tensor, tensors: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> None:
+    """Give each tensor its value in `kept` if the flag `bad` on the device is 1."""
+    for names in group_by_dtype_and_device(tensors):
+        group = [tensors[name].detach() for name in names]
+        old = torch.cat([kept[name].flatten() for name in names])
+        new = torch.cat([tensor.flatten() for tensor in group])
+        chosen = torch.where(bad > 0, old, new).split([tensor.numel() for tensor in group])
+        torch._foreach_copy_(
+            group, [value.view_as(tensor) for value, tensor in zip(chosen, group, strict=True)]
+        )
 
 
 def cpu_copy(value: Any, copies: dict[int, Tensor] | None = None) -> Any:

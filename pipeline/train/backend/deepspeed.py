@@ -21,7 +21,14 @@ from torch import Tensor, distributed, nn
 
 from pipeline.core.checks import require
 from pipeline.core.tensor_file import load_deepspeed
-from pipeline.train.backend.base import Backend, OptimizerOf, cpu_copy, optimizer_reset
+from pipeline.train.backend.base import (
+    Backend,
+    OptimizerOf,
+    cpu_copy,
+    fuse,
+    optimizer_reset,
+    skipping,
+)
 
 CHECKPOINT_TAG = "state"
 MAX_BUCKET_SIZE = 500_000_000  # elements
@@ -94,9 +101,11 @@ class DeepSpeed(Backend):
             f" {', '.join(scalars)}: use shape (1,)",
         )
         self.world_size = distributed.get_world_size()
+        base_optimizer = optimizer_of(network)
+        self.skips_on_device = fuse(base_optimizer) and not zero
         engine, optimizer, _, _ = deepspeed.initialize(
             model=network,
-            optimizer=optimizer_of(network),
+            optimizer=base_optimizer,
             config=config(
                 micro_batch=micro_batch,
                 workers=self.world_size,
@@ -149,8 +158,12 @@ class DeepSpeed(Backend):
         for parameter in self.network.parameters():
             parameter.grad = None
 
-    def step(self) -> None:
-        self._engine.step()
+    def step(self, bad: Tensor | bool = False) -> None:
+        if bad is True:
+            self.zero_grad()
+            return
+        with skipping(self.optimizer, bad):
+            self._engine.step()
 
     def capture(self) -> dict[str, Any]:
         files: dict[str, Any] = {}

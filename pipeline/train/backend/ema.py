@@ -23,7 +23,13 @@ import torch
 from torch import Tensor, distributed
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from pipeline.train.backend.base import Backend, clone_tensors, cpu_copy, temporary_values
+from pipeline.train.backend.base import (
+    Backend,
+    clone_tensors,
+    cpu_copy,
+    restore_where,
+    temporary_values,
+)
 from pipeline.train.backend.collectives import rank_and_world_size
 
 AVERAGE_FILE = "average.pt"
@@ -40,16 +46,21 @@ class EMABackend:
         self.backend, self.decay = backend, decay
         self.rank, self.world_size = rank_and_world_size()
         self.name, self.network, self.model = backend.name, backend.network, backend.model
-        self.optimizer = backend.optimizer
+        self.optimizer, self.skips_on_device = backend.optimizer, backend.skips_on_device
         self.backward, self.gradients = backend.backward, backend.gradients
         self.zero_grad = backend.zero_grad
         self.average = {name: value.clone() for name, value in self._values().items()}
         self._update = get_ema_multi_avg_fn(decay)
 
-    def step(self) -> None:
-        self.backend.step()
+    def step(self, bad: Tensor | bool = False) -> None:
+        self.backend.step(bad)
+        if bad is True:
+            return
+        kept = clone_tensors(self.average) if isinstance(bad, Tensor) else {}
         values = self._values()
         self._update([self.average[name] for name in values], list(values.values()), 0)
+        if isinstance(bad, Tensor):
+            restore_where(bad, self.average, kept)
 
     def reset_optimizer(self) -> None:
         """Also restart the average at the current weights: a new task must not be evaluated with

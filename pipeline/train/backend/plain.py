@@ -13,8 +13,10 @@ from pipeline.train.backend.base import (
     Backend,
     OptimizerOf,
     cpu_copy,
+    fuse,
     group_by_dtype_and_device,
     optimizer_reset,
+    skipping,
 )
 from pipeline.train.backend.collectives import rank_and_world_size
 
@@ -50,6 +52,7 @@ class Plain(Backend):
         self.network = network
         self.model = _Autocast(network, precision)
         self.optimizer = optimizer_of(network)
+        self.skips_on_device = fuse(self.optimizer)
         self.reset_optimizer = optimizer_reset(self.optimizer)
         self.clip_norm = clip_norm
         self.rank, self.world_size = rank_and_world_size()
@@ -66,7 +69,10 @@ class Plain(Backend):
     def zero_grad(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def step(self) -> None:
+    def step(self, bad: Tensor | bool = False) -> None:
+        if bad is True:
+            self.zero_grad()
+            return
         parameters = [p for p in self.network.parameters() if p.requires_grad]
         if self.world_size > 1:
             for p in parameters:  # every rank must sum the same parameters
@@ -74,8 +80,9 @@ class Plain(Backend):
             _sum_over_ranks([p.grad for p in parameters if p.grad is not None])
         if self.clip_norm > 0:
             nn.utils.clip_grad_norm_(parameters, self.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with skipping(self.optimizer, bad):
+            self.optimizer.step()
+        self.zero_grad()
 
     def capture(self) -> dict[str, Any]:
         if self.rank > 0:

@@ -4,7 +4,7 @@
         deepspeed/ | plain/     weights and optimizer state; ZeRO writes a file for each rank
         model.safetensors       the weights that are evaluated and published
         rule.pt                 the rule's state, if it has any
-        rng_rank0.pt ...        each rank's random number generators and buffers
+        buffers_rank0.pt ...    each rank's own buffers, if there are several ranks
         trainer.json            step, data position, run ids, recipe, totals
         manifest.json           size and sha256 of each file above; written last
 
@@ -21,8 +21,6 @@ from pipeline.train.checkpoint.checkpoints import (
     WEIGHTS,
     Checkpoints,
     read_trainer,
-    rng_state,
-    set_rng_state,
     weights_of,
 )
 from pipeline.train.checkpoint.manifest import find_damage
@@ -64,8 +62,6 @@ __all__ = [
     "prune",
     "read_trainer",
     "refuse_credentials",
-    "rng_state",
-    "set_rng_state",
     "step_folders",
     "step_name",
     "store_at",

@@ -4,7 +4,6 @@ copy.
 
 import errno
 import json
-import random
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +11,6 @@ from concurrent.futures import wait
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -97,7 +95,7 @@ class Checkpoints:
         """
         previous, _ = self.settle()
         files = {f"{backend.name}/{name}": state for name, state in backend.capture().items()}
-        files[f"rng_rank{self.rank}.pt"] = {**rng_state(), "buffers": cpu_copy(dict(buffers or {}))}
+        files[f"buffers_rank{self.rank}.pt"] = cpu_copy(dict(buffers or {}))
         if self.rank == 0:
             files[WEIGHTS] = dict(weights_of(backend.network) if weights is None else weights)
             if rule.state_dict():
@@ -261,12 +259,11 @@ class Checkpoints:
             rule.load_state_dict(
                 torch.load(path / "rule.pt", map_location="cpu", weights_only=True)
             )
-        rng = f"rng_rank{self.rank}.pt"
-        if rng in files:  # the checkpoint has no such file if fewer ranks wrote it
-            state = torch.load(path / rng, map_location="cpu", weights_only=True)
-            set_rng_state(state)
-            if trainer.get("world_size") == self.ranks:  # else the buffers keep the mean over ranks
-                backend.network.load_state_dict(state["buffers"], strict=False)
+        own = f"buffers_rank{self.rank}.pt"
+        # At another number of ranks the buffers keep the mean over ranks.
+        if own in files and trainer.get("world_size") == self.ranks:
+            buffers = torch.load(path / own, map_location="cpu", weights_only=True)
+            backend.network.load_state_dict(buffers, strict=False)
         self.newest_step = trainer["step"]
         return trainer
 
@@ -338,28 +335,3 @@ def read_trainer(path: Path) -> dict[str, Any]:
         OSError: trainer.json cannot be read, or is missing.
     """
     return json.loads((path / TRAINER).read_bytes())
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of this process's random number generators, in the form that a checkpoint has."""
-    numpy: Any = np.random.get_state()
-    state = {
-        "torch": torch.get_rng_state(),
-        "python": random.getstate(),
-        "numpy": {
-            "keys": torch.from_numpy(numpy[1].astype(np.int64)),
-            **dict(zip(("pos", "has_gauss", "gauss"), numpy[2:], strict=True)),
-        },
-    }
-    if torch.cuda.is_initialized():  # otherwise `get_rng_state` would create a context on a GPU
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def set_rng_state(state: Mapping[str, Any]) -> None:
-    torch.set_rng_state(state["torch"])
-    random.setstate(state["python"])
-    keys, *rest = state["numpy"].values()
-    np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])

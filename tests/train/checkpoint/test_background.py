@@ -348,7 +348,7 @@ def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None
     )
     assert first["left"] == [".writing-b-step_00000006", "step_00000001", "step_00000002"]
     written = {path.name for path in (tmp_path / "checkpoints" / "step_00000002").iterdir()}
-    assert {"rng_rank0.pt", "rng_rank1.pt", "manifest.json"} < written and not any(
+    assert {"buffers_rank0.pt", "buffers_rank1.pt", "manifest.json"} < written and not any(
         name.startswith(".") for name in written
     )
 

@@ -86,7 +86,11 @@ def test_an_upload_that_was_cut_short_is_no_checkpoint_and_is_swept(
 
 @pytest.mark.parametrize(
     ("how", "at"),
-    [*(("put", name) for name in sorted(FILES)), ("removed", "rng_rank0.pt"), ("put", "nowhere")],
+    [
+        *(("put", name) for name in sorted(FILES)),
+        ("removed", "buffers_rank0.pt"),
+        ("put", "nowhere"),
+    ],
 )
 def test_a_step_that_is_saved_again_leaves_the_old_or_the_new_wherever_it_is_cut(
     address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str, how: str
@@ -311,7 +315,9 @@ def test_a_process_that_ends_leaves_nothing_of_what_it_fetched(tmp_path: Path) -
     assert ended.stdout and [*tmp_path.iterdir()] == []
 
 
-@pytest.mark.parametrize("name", ["rule.pt", "rng_rank0.pt", "plain/state.pt", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["rule.pt", "buffers_rank0.pt", "plain/state.pt", "model.safetensors"]
+)
 def test_a_file_that_is_gone_since_it_was_verified_is_an_error_and_nothing_is_loaded(
     checkpoints: Checkpoints, name: str
 ) -> None:

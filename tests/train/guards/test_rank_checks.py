@@ -228,8 +228,8 @@ def test_an_average_that_is_not_finite_is_not_saved(
 ) -> None:
     made = EMABackend.step
 
-    def spoilt(self: EMABackend) -> None:
-        made(self)
+    def spoilt(self: EMABackend, bad: Any) -> None:
+        made(self, bad)
         next(iter(self.average.values())).fill_(torch.nan)
 
     monkeypatch.setattr(EMABackend, "step", spoilt)
