@@ -30,7 +30,19 @@ def repeat(x_B: Tensor, steps: int) -> Tensor:
     Raises: ValueError for fewer than one step.
     """
     refuse_unless_counts("repeat", {"steps": steps})
-    return x_B.unsqueeze(0).expand(steps, *x_B.shape)
+    x_TB = x_B.unsqueeze(0).expand(steps, *x_B.shape)
+    x_TB.frame_B = x_B  # type: ignore[attr-defined]  # of this tensor object, not of its slices
+    return x_TB
+
+
+def frame_of(x_TB: Tensor) -> Tensor:
+    """The frame of a static input.
+
+    For the result of `repeat` it is the repeated tensor. The backward of `x_TB[0]` would fill a
+    tensor of all steps with zeros, and sum it.
+    """
+    frame_B = getattr(x_TB, "frame_B", None)
+    return x_TB[0] if frame_B is None else frame_B
 
 
 def is_static(x_TB: Tensor) -> bool:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.core.checks import refuse_unless_one_of
-from pipeline.spiking.encode import is_static, repeat
+from pipeline.spiking.encode import frame_of, is_static, repeat
 from pipeline.spiking.kernels.operators import has_kernels
 from pipeline.spiking.kernels.step_norm import step_norm
 
@@ -78,7 +78,7 @@ class BatchNorm(nn.Module):
                 f" {tuple(x_TBC.shape)}"
             )
         if self.repeats is not None or is_static(x_TBC):
-            return repeat(self._normalize(x_TBC[0], self.repeats or len(x_TBC)), len(x_TBC))
+            return repeat(self._normalize(frame_of(x_TBC), self.repeats or len(x_TBC)), len(x_TBC))
         if self.uses_batch_statistics and self.over == "step" and len(x_TBC) > 1:
             if self.between == "world" or not has_kernels(x_TBC):
                 return torch.stack([self._normalize(x_BC) for x_BC in x_TBC.unbind(0)])

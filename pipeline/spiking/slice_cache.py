@@ -22,14 +22,15 @@ container has a `presynaptic` trace, which changes at each step, each slice comp
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from pipeline.spiking.encode import is_static, repeat
+from pipeline.spiking.encode import frame_of, is_static, repeat
 from pipeline.spiking.norm import batch_norms
 from pipeline.spiking.state import State, set_temporarily
 
@@ -55,6 +56,13 @@ class SliceCache:
         self.frame_B: Tensor | None = None
         self._is_computing = False
         self._computed: list[tuple[State, str, Tensor]] = []
+        # Gradients that no slice has given to its weight yet, by the state of the synapse.
+        self.postponed: dict[State, tuple[Tensor, Callable[[], Tensor]]] = {}
+
+    @property
+    def collects_gradients(self) -> bool:
+        """Whether each slice has its own backward, and the current slice is differentiated."""
+        return self.backwards == "several" and torch.is_grad_enabled() and not self._is_computing
 
     def once(self, state: State, compute: Callable[[], Tensor], name: str = "y") -> Tensor:
         """The value `name` of the module with the state `state`, for the current slice.
@@ -91,11 +99,16 @@ class SliceCache:
         For the last slice, the backward of the result also gives each cached value the sum of the
         gradients from the other slices.
         """
-        if self.backwards == "one" or not self.is_last or not self._computed:
+        if self.backwards == "one" or not self.is_last:
             return loss
-        keys = [(state, f"gradient of {name}") for state, name, _ in self._computed]
-        values = (y for *_, y in self._computed)
-        return _AddGradients.apply(loss, keys, *values)  # type: ignore[return-value]  # untyped
+        given: list[tuple[Tensor, Callable[[], Tensor | None]]] = [
+            (y, partial(state.read, f"gradient of {name}")) for state, name, y in self._computed
+        ]
+        given += self.postponed.values()
+        if not given:
+            return loss
+        values, gradients = zip(*given, strict=True)
+        return _AddGradients.apply(loss, gradients, *values)  # type: ignore[return-value]  # untyped
 
 
 class _CollectGradient(torch.autograd.Function):
@@ -124,16 +137,18 @@ class _CollectGradient(torch.autograd.Function):
 
 
 class _AddGradients(torch.autograd.Function):
-    """The loss. Its backward also gives each of `values` the sum of gradients in its state."""
+    """The loss. Its backward also gives each of `values` its gradient from other slices."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, keys: list[tuple[State, str]], *values: Tensor) -> Tensor:
-        ctx.keys = keys
+    def forward(
+        ctx: Any, loss: Tensor, gradients: Sequence[Callable[[], Tensor | None]], *values: Tensor
+    ) -> Tensor:
+        ctx.gradients = gradients
         return loss.view_as(loss)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        return (grad_outputs[0], None, *(state.read(name) for state, name in ctx.keys))
+        return (grad_outputs[0], None, *(gradient() for gradient in ctx.gradients))
 
 
 @contextmanager
@@ -180,7 +195,7 @@ class StaticInput(nn.Sequential):
         def compute() -> Tensor:
             # Batch norm updates its statistics as for one frame at all T steps.
             with set_temporarily(batch_norms(self), "repeats", cache.steps):
-                return super(StaticInput, self).forward(input)[0]
+                return frame_of(super(StaticInput, self).forward(input))
 
         return repeat(cache.once(self.state, compute), len(input))
 

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.core.checks import refuse_unless_one_of, require
-from pipeline.spiking.encode import is_static, repeat
+from pipeline.spiking.encode import frame_of, is_static, repeat
 from pipeline.spiking.kernels.operators import dense
 from pipeline.spiking.kernels.packing import height_of, pack, unpack
 from pipeline.spiking.slice_cache import SliceCache
@@ -58,7 +58,7 @@ def apply_folded(op: Callable[[Tensor], Tensor], x_TB: Tensor) -> Tensor:
     For a static input, `op` is applied to one frame.
     """
     if is_static(x_TB):
-        return repeat(op(x_TB[0]), len(x_TB))
+        return repeat(op(frame_of(x_TB)), len(x_TB))
     return op(x_TB.flatten(0, 1)).unflatten(0, x_TB.shape[:2])
 
 
@@ -106,7 +106,7 @@ class Linear(nn.Linear, _Synapse):
         weight, bias = _operands(self, input, weight)
         if not _is_changed(self, input):
             if is_static(input):
-                return repeat(F.linear(input[0], weight, bias), len(input))
+                return repeat(F.linear(frame_of(input), weight, bias), len(input))
             return F.linear(input, weight, bias)
         return _with_seams(self, input, weight, bias)
 
@@ -242,7 +242,66 @@ def pack_spikes(model: nn.Module) -> None:
 def _is_changed(synapse: Linear | Conv2d, x_TB: Tensor) -> bool:
     """Whether the backward is not torch's own."""
     has_seam = synapse.presynaptic is not None or synapse.backward_weight is not None
-    return has_seam or _packed_height(synapse, x_TB) is not None
+    return has_seam or _packed_height(synapse, x_TB) is not None or _postpones(synapse, x_TB)
+
+
+def _postpones(synapse: Linear | Conv2d, x_TB: Tensor) -> bool:
+    """Whether the last slice of the batch computes the weight gradients of all slices.
+
+    One product over all slices is faster than a product and an addition for each. The slices'
+    inputs and output gradients are kept for it, so they must take no more memory than the weight.
+    """
+    cache = synapse.slice_cache
+    if cache is None or not cache.collects_gradients or not synapse.weight.requires_grad:
+        return False
+    if cache.is_last:
+        return synapse.state.read("kept input 0") is not None
+    outputs, inputs, *_ = synapse.weight.shape
+    stride = math.prod(synapse.stride) if isinstance(synapse, Conv2d) else 1
+    inputs *= synapse.groups if isinstance(synapse, Conv2d) else 1
+    kept = x_TB.numel() * (1 + outputs / (inputs * stride)) * (cache.steps / len(x_TB) - 1)
+    return kept <= synapse.weight.numel()
+
+
+class _Postponed:
+    """The weight gradients of one synapse in the slices of a batch, to be computed together.
+
+    The state of the synapse keeps the factor and the output gradient of each earlier slice.
+    """
+
+    def __init__(self, synapse: Linear | Conv2d, weight: Tensor, geometry: Any) -> None:
+        cache = synapse.slice_cache
+        assert cache is not None
+        self.state, self.weight, self.geometry = synapse.state, weight.detach(), geometry
+        self.is_last = cache.is_last
+        if self.is_last:
+            cache.postponed.pop(self.state, None)
+        else:  # unless the synapse runs in the last slice, too
+            root = self.state.values.get("y", synapse.weight)
+            cache.postponed[self.state] = root, self.gradient
+
+    def keep(self, factor_TB: Tensor, g_TB: Tensor) -> None:
+        number = sum(name.startswith("kept input") for name in self.state.values)
+        self.state.write(f"kept input {number}", factor_TB)
+        self.state.write(f"kept gradient {number}", g_TB)
+
+    def gradient(self) -> Tensor:
+        """The weight gradient of all kept slices, which are then forgotten."""
+        names = [name for name in self.state.values if name.startswith("kept ")]
+        kept = [self.state.values.pop(name) for name in names]
+        return _weight_gradient(
+            torch.cat(kept[::2]), torch.cat(kept[1::2]), self.weight, self.geometry
+        )
+
+
+def _weight_gradient(factor_TB: Tensor, g_TB: Tensor, weight: Tensor, geometry: Any) -> Tensor:
+    if geometry is None:
+        return g_TB.flatten(0, -2).T @ factor_TB.flatten(0, -2)
+    stride, padding, dilation, groups = geometry
+    return torch.ops.aten.convolution_backward(
+        *(g_TB.flatten(0, 1), factor_TB.flatten(0, 1), weight, None),
+        *(stride, padding, dilation, False, [0, 0], groups, [False, True, False]),
+    )[1]
 
 
 def _packed_height(synapse: Linear | Conv2d, x_TB: Tensor) -> float | None:
@@ -283,6 +342,7 @@ def _with_seams(
         synapse.backward_weight,
         geometry,
         _packed_height(synapse, x_TB),
+        _Postponed(synapse, weight.to(dtype), geometry) if _postpones(synapse, x_TB) else None,
     )
 
 
@@ -297,8 +357,9 @@ class _WithSeams(torch.autograd.Function):
         backward_weight: BackwardWeight | None,
         geometry: tuple[Any, ...] | None,
         height: float | None,
+        postponed: _Postponed | None,
     ) -> Tensor:
-        ctx.unpack = None
+        ctx.unpack, ctx.postponed = None, postponed
         if height is not None:
             factor_TB = dense(factor_TB)
             about = factor_TB.shape, factor_TB.stride(), factor_TB.dtype, height
@@ -315,20 +376,25 @@ class _WithSeams(torch.autograd.Function):
         factor_TB, weight = ctx.saved_tensors
         factor_TB = factor_TB if ctx.unpack is None else ctx.unpack(factor_TB)
         needs_x, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        g_weight = None
+        if ctx.postponed is not None and needs_weight:
+            needs_weight = False
+            ctx.postponed.keep(factor_TB, g_TB)
+            g_weight = ctx.postponed.gradient() if ctx.postponed.is_last else None
         if ctx.geometry is None:
+            if needs_weight:
+                g_weight = _weight_gradient(factor_TB, g_TB, weight, None)
             return (
                 g_TB @ error_weight(weight, ctx.backward_weight) if needs_x else None,
                 None,
-                g_TB.flatten(0, -2).T @ factor_TB.flatten(0, -2) if needs_weight else None,
+                g_weight,
                 g_TB.flatten(0, -2).sum(0) if needs_bias else None,
-                None,
-                None,
-                None,
+                *[None] * 4,
             )
         stride, padding, dilation, groups = ctx.geometry
         # This operation uses the values of the input only for the weight gradient, and the weight
         # only for the input gradient. So one call is enough, with both of them replaced.
-        g_x, g_weight, g_bias = torch.ops.aten.convolution_backward(
+        g_x, own_g_weight, g_bias = torch.ops.aten.convolution_backward(
             g_TB.flatten(0, 1),
             factor_TB.flatten(0, 1),
             error_weight(weight, ctx.backward_weight),
@@ -342,4 +408,4 @@ class _WithSeams(torch.autograd.Function):
             [needs_x, needs_weight, needs_bias],
         )
         g_x_TB = g_x.view_as(factor_TB) if needs_x else None
-        return g_x_TB, None, g_weight, g_bias, None, None, None
+        return g_x_TB, None, own_g_weight if needs_weight else g_weight, g_bias, *[None] * 4

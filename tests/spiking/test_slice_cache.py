@@ -209,6 +209,57 @@ class Early(nn.Module):
         return torch.cat(outputs)
 
 
+def wide(weights: str) -> nn.Module:
+    """Two synapses have more weights than a batch of 3 images has inputs and outputs."""
+    made: Any = "standardized" if weights == "standardized" else "plain"
+    layers = [
+        *(Conv2d(2, 4, 3, padding=1), LIF(**NEURON), head(), Linear(4, 60, weights=made)),
+        *(LIF(**NEURON), Linear(60, 50, weights=made), LIF(**NEURON), Linear(50, 3)),
+    ]
+    return lively(nn.Sequential(*layers))
+
+
+@pytest.mark.parametrize("name", ["SLTT", "SLTT in slices", "SLTT-1", "SLTT-2", "OTTT-A"])
+@pytest.mark.parametrize("weights", ["plain", "standardized"])
+@pytest.mark.parametrize("packs", [False, True])
+def test_gradients_of_large_weights_are_computed_together(
+    name: str, weights: str, packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is kept for them counts as state, and takes no more than the weights."""
+    model, (x_BCHW, target_B) = wide(weights), images(3)
+    if packs:
+        synapse.pack_spikes(model)
+    gradients: Counter[tuple[int, int]] = Counter()
+    computed = synapse._weight_gradient
+
+    def counted(factor_TB: Tensor, g_TB: Tensor, weight: Tensor, geometry: Any) -> Tensor:
+        gradients[tuple(weight.shape)[:2]] += 1  # type: ignore[index]
+        return computed(factor_TB, g_TB, weight, geometry)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(synapse, "_weight_gradient", counted)
+        trained(RULES[name][0](), copy.deepcopy(model), repeat(x_BCHW, STEPS), target_B)
+    several = name != "SLTT-1"
+    assert (gradients[50, 60] == 2) is (several or packs)  # once for each micro-batch
+    check_alone(RULES[name][0], copy.deepcopy(model), repeat(x_BCHW, STEPS), target_B)
+    states = peaks(RULES[name][0](), copy.deepcopy(model), repeat(x_BCHW, STEPS), target_B)[1]
+    with each_slice_its_own():
+        alone = peaks(RULES[name][0](), model, repeat(x_BCHW, STEPS), target_B)[1]
+    shared = 2 if weights == "standardized" else 0  # weights and the gradients that they collect
+    assert states - alone <= (1 + shared) * 8 * (60 * 50 + 4 * 60)
+
+
+@pytest.mark.parametrize("weights", ["plain", "standardized"])
+def test_no_gradient_of_large_weights_is_lost_if_the_last_slice_does_not_run_them(
+    weights: Any,
+) -> None:
+    early = Early(Linear(24, 24, weights=weights))
+    conv, widen = Conv2d(2, 4, 3, padding=1), Linear(4, 24)
+    layers = (conv, LIF(**NEURON), head(), widen, LIF(**NEURON), early, Linear(24, 3))
+    x_BCHW, target_B = images(2)
+    check_alone(SLTT, lively(nn.Sequential(*layers)), repeat(x_BCHW, STEPS), target_B)
+
+
 @pytest.mark.parametrize(
     "rule",
     [SLTT, lambda: SLTT(chunk=3), lambda: BPTT(truncate=1)],

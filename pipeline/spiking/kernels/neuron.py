@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.spiking.encode import is_static
 from pipeline.spiking.kernels.operators import (
     define,
     dense,
@@ -162,7 +163,8 @@ class _Fused(torch.autograd.Function):
 def _inputs_are_smaller(x_TB: Tensor, v_B: Tensor | None) -> bool:
     """Whether the input and the first membrane take fewer bytes than u."""
     of_membrane = membrane_dtype(x_TB).itemsize
-    inputs = len(x_TB) * x_TB.element_size() + (0 if v_B is None else of_membrane)
+    frames = 1 if is_static(x_TB) else len(x_TB)
+    inputs = frames * x_TB.element_size() + (0 if v_B is None else of_membrane)
     return inputs < len(x_TB) * of_membrane
 
 
