@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Self
 
 import numpy as np
@@ -56,8 +56,8 @@ def firing_rate(layers: Sequence[LayerActivity]) -> float:
 class Activity:
     """Counts the spikes of every neuron of `network` inside the `with` block.
 
-    A count takes 4 bytes per neuron and time step, and is exact up to 2^24 samples. Only `layers`
-    waits for a GPU.
+    The counts of a layer take 4 bytes per neuron and 8 per time step. They are exact up to 2^24
+    spikes of one neuron. Only `layers` waits for a GPU.
 
     Args:
         every: one in `every` samples is counted. The draw depends only on the samples' ids, not on
@@ -107,19 +107,19 @@ class Activity:
         if not self._layers:
             return ()
         sizes_L2 = reduce_max(
-            torch.tensor([layer.spikes_TN.shape for layer in self._layers])
-        ).tolist()
-        padded = [
-            _pad(layer.spikes_TN.cpu(), steps, neurons)
-            for layer, (steps, neurons) in zip(self._layers, sizes_L2, strict=True)
-        ]
-        by_step = [spikes_TN.sum(1, dtype=torch.float64) for spikes_TN in padded]
-        by_step.append(torch.tensor([self._samples], dtype=torch.float64))
-        *by_step, samples = reduce_sum(torch.cat(by_step)).split(
-            [*(steps for steps, _ in sizes_L2), 1]
+            torch.tensor([[len(each.by_step_T), len(each.by_neuron_N)] for each in self._layers])
         )
-        by_neuron = [spikes_TN.sum(0, dtype=torch.int32) for spikes_TN in padded]
-        by_neuron = reduce_sum(torch.cat(by_neuron)).split([neurons for _, neurons in sizes_L2])
+        steps, neurons = sizes_L2.T.tolist()
+        by_step = [
+            _pad(x.by_step_T.cpu(), size) for x, size in zip(self._layers, steps, strict=True)
+        ]
+        by_step.append(torch.tensor([self._samples], dtype=torch.float64))
+        *by_step, samples = reduce_sum(torch.cat(by_step)).split([*steps, 1])
+        by_neuron = [
+            _pad(x.by_neuron_N.cpu(), size).int()
+            for x, size in zip(self._layers, neurons, strict=True)
+        ]
+        by_neuron = reduce_sum(torch.cat(by_neuron)).split(neurons)
         return tuple(
             LayerActivity(
                 name=name,
@@ -136,7 +136,10 @@ class Activity:
 
 class _SpikeCounts:
     def __init__(self) -> None:
-        self.spikes_TN = torch.zeros(0, 0)  # summed over the counted samples
+        # Spikes of the counted samples: of all neurons at each step, and of each neuron at all
+        # steps. A table of steps and neurons would grow with T.
+        self.by_step_T = torch.zeros(0, dtype=torch.float64)
+        self.by_neuron_N = torch.zeros(0)
         self.step = 0
         self.batch_rows: tuple[int, ...] = ()  # of the counted samples in the current batch
 
@@ -163,13 +166,16 @@ class _SpikeCounts:
         else:
             spikes_TN = torch.ne(s_RN[row_TC.view(steps, -1)], 0).sum(1, dtype=torch.float32)
         first, self.step = self.step, self.step + steps
-        if len(self.spikes_TN) < self.step:
-            self.spikes_TN = _pad(self.spikes_TN, self.step, s_RN.shape[1]).to(s_TB.device)
-        self.spikes_TN[first : self.step].add_(spikes_TN)
+        if len(self.by_step_T) < self.step:
+            to_device = partial(Tensor.to, device=s_TB.device, non_blocking=True)
+            self.by_step_T = _pad(to_device(self.by_step_T), self.step)
+            self.by_neuron_N = _pad(to_device(self.by_neuron_N), s_RN.shape[1])
+        self.by_step_T[first : self.step].add_(spikes_TN.sum(1, dtype=torch.float64))
+        self.by_neuron_N.add_(spikes_TN.sum(0))
 
 
-def _pad(spikes_TN: Tensor, steps: int, neurons: int) -> Tensor:
-    return F.pad(spikes_TN, (0, neurons - spikes_TN.shape[1], 0, steps - spikes_TN.shape[0]))
+def _pad(counts: Tensor, length: int) -> Tensor:
+    return F.pad(counts, (0, length - len(counts)))
 
 
 @lru_cache(maxsize=8)

@@ -28,11 +28,14 @@ from pipeline.measure.activity import Activity, LayerActivity, firing_rate
 from pipeline.measure.constants import ACTIVITY_EVERY
 from pipeline.measure.energy import EnergyCounter, EnergyReadings, Inference, RandomSample
 from pipeline.measure.operations import Operations, Work
-from pipeline.rules.base import OverTime
+from pipeline.rules.base import LossFn, OverTime, slice_loss, slices
 from pipeline.spiking.encode import to_time_first
+from pipeline.spiking.norm import is_foreign_norm
+from pipeline.spiking.rate import WeightedRates
+from pipeline.spiking.slice_cache import slice_cache
 from pipeline.spiking.state import fresh_state
 from pipeline.train.backend.collectives import Ranks
-from pipeline.train.objective import Loss
+from pipeline.train.objective import Loss, to_fp32
 
 if TYPE_CHECKING:
     from pipeline.train.assemble import TrainContext
@@ -108,9 +111,13 @@ def evaluate(
 ) -> EvaluationOutput:
     """Evaluate the model on this rank's share of a set. Collective.
 
+    The model gets one time step per call, so the memory does not grow with T, except that a network
+    which needs all T steps in one call gets them. No batch waits for a GPU: all values are read
+    after the last batch.
+
     Args:
-        batches: (x_TB, target_B, index_B) of each batch. Ranks may have different numbers of
-            batches, or none.
+        batches: (x_TB, target_B, index_B) of each batch; index_B is on the CPU. Ranks may have
+            different numbers of batches, or none.
         network: the network inside `model`, whose modules name the layers; None: `model` itself.
         ranks: the ranks that share the set; None: this process is the only one.
         energy_counter: of the model's card. It is read before the first batch and after the last
@@ -124,73 +131,115 @@ def evaluate(
     energy_counter = energy_counter or EnergyCounter(torch.device("cpu"))
     was_training = model.training
     model.eval()
-    # (index, target, predicted class) of each batch; the first tensor is for ranks without batches
-    columns = [torch.zeros(3, 0, dtype=torch.int64)]
-    sums = torch.zeros(len(_Sums._fields), dtype=torch.float64)
-    counted_samples, max_batch = RandomSample(MAX_COUNTED_SAMPLES), 1
+    chunk = None if _needs_all_steps(model) else 1
+    indices, scores = list[Tensor](), list[Tensor]()
+    counted_samples, size = RandomSample(MAX_COUNTED_SAMPLES), 1
     began = energy_counter.read()
     with Activity(network, every=ACTIVITY_EVERY) as activity:
         for x_TB, target_B, index_B in batches:
-            samples = len(target_B)
             if counts_operations:
                 counted_samples.add(x_TB)
-                max_batch = max(max_batch, samples)
-            with activity.batch(index_B), fresh_state(model):
-                logits_TBK = model(x_TB).float()
-            loss_fn = loss_for(target_B)
-            mean_BK = logits_TBK.mean(0)
-            if over_time == "mean":
-                loss = loss_fn(mean_BK)
-            else:
-                loss = torch.stack([loss_fn(logits_BK) for logits_BK in logits_TBK]).mean()
-            top_B5 = mean_BK.topk(min(TOP_K, mean_BK.shape[-1])).indices
-            is_hit_B5 = top_B5 == target_B[:, None]
-            has_top5 = mean_BK.shape[-1] > TOP_K
-            sums += torch.tensor(
-                _Sums(
-                    samples=samples,
-                    top1=is_hit_B5[:, 0].sum(),
-                    loss=loss.double() * samples,
-                    top5_samples=samples if has_top5 else 0,
-                    top5=is_hit_B5.sum() if has_top5 else 0,
-                ),
-                dtype=torch.float64,
-            )
-            columns.append(torch.stack([index_B, target_B.cpu(), top_B5[:, 0].cpu()]))
-    index, target, answer = torch.cat(columns, dim=1).numpy()
+                size = max(size, len(target_B) // (len(x_TB) if chunk else 1))
+            with activity.batch(index_B):
+                loss, mean_BK = _run(model, x_TB, loss_for(target_B), over_time, chunk)
+            indices.append(index_B)
+            scores.append(_scores(mean_BK, target_B, loss))
+    sums, predictions = _read(indices, scores)
     readings = EnergyReadings(
-        card=energy_counter.card, samples=len(index), start_j=began, end_j=energy_counter.read()
+        card=energy_counter.card, samples=sums.samples, start_j=began, end_j=energy_counter.read()
     )
     on_last_prediction()
-    inference = None
-    if len(counted_samples):
-        with Operations(network) as operations:
-            # In batches no larger than those of the evaluation, which fit in memory.
-            for x_TB in counted_samples.batches(max_batch):
-                with fresh_state(model):
-                    model(x_TB)
-        # The work of other purposes is left out, because inference needs no rule.
-        inference = Inference(
-            operations.work.get("forward", Work()),
-            len(counted_samples),
-            tuple(sorted(operations.not_counted)),
-        )
+    inference = _inference(model, network, counted_samples, size)
     model.train(was_training)
-    total = _Sums(*ranks.sum(sums).tolist())
-    require(total.samples > 0, "evaluate: needs at least one sample; got none on any rank")
     layers = activity.layers(ranks.sum, ranks.max)
-    return EvaluationOutput(
-        Evaluation(
-            samples=int(total.samples),
-            top1=total.top1 / total.samples,
-            top5=total.top5 / total.top5_samples if total.top5_samples else None,
-            loss=total.loss / total.samples,
-            firing_rate=firing_rate(layers),
-        ),
-        Predictions(index=index, target=target, answer=answer),
-        layers,
-        inference,
-        readings,
+    result = _over_ranks(sums, ranks, firing_rate(layers))
+    return EvaluationOutput(result, predictions, layers, inference, readings)
+
+
+def _needs_all_steps(model: nn.Module) -> bool:
+    """Whether a module needs all T steps in one call, also in evaluation mode: `WeightedRates`, or
+    a norm of torch without running statistics.
+    """
+    return any(
+        isinstance(module, WeightedRates)
+        or (is_foreign_norm(module) and not getattr(module, "track_running_stats", True))
+        for module in model.modules()
+    )
+
+
+def _run(
+    model: nn.Module, x_TB: Tensor, loss_fn: LossFn, over_time: OverTime, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    """The loss and the mean logits `[B, K]`. `chunk`: the number of time steps per call; None: all.
+
+    Only the state of the model, and what all slices share, pass from slice to slice.
+    """
+    loss = mean_BK = x_TB.new_zeros(())
+    with fresh_state(model), slice_cache(model, steps=len(x_TB), backwards="one"):
+        for x_cB in slices(x_TB, chunk):
+            terms = slice_loss(to_fp32(model(x_cB)), loss_fn, steps=len(x_TB))
+            loss, mean_BK = loss + terms[0], mean_BK + terms[1]
+    return loss if over_time == "steps" else loss_fn(mean_BK), mean_BK
+
+
+def _scores(mean_BK: Tensor, target_B: Tensor, loss: Tensor) -> Tensor:
+    """float64 `[4, B]`: target, predicted class, whether the target is among the five classes with
+    the highest mean logits (NaN: there are fewer than six classes), and the batch's mean loss.
+    """
+    top_B5 = mean_BK.topk(min(TOP_K, mean_BK.shape[-1])).indices
+    is_hit_B = (top_B5 == target_B[:, None]).any(1).double()
+    if mean_BK.shape[-1] <= TOP_K:
+        is_hit_B.fill_(torch.nan)
+    return torch.stack(
+        [target_B.double(), top_B5[:, 0].double(), is_hit_B, loss.double().expand(len(target_B))]
+    )
+
+
+def _read(indices: list[Tensor], scores: list[Tensor]) -> tuple[_Sums, Predictions]:
+    """This rank's sums and predictions, from the `_scores` of its batches. Waits for a GPU."""
+    # The empty tensors are for ranks without batches.
+    index = torch.cat(indices or [torch.zeros(0, dtype=torch.int64)]).numpy()
+    columns = torch.cat(scores or [torch.zeros(4, 0, dtype=torch.float64)], dim=1).cpu().numpy()
+    target, answer = columns[:2].astype(np.int64)
+    *_, is_hit, loss = columns
+    sums = _Sums(
+        samples=len(index),
+        top1=(answer == target).sum(),
+        loss=loss.sum(),
+        top5_samples=np.isfinite(is_hit).sum(),
+        top5=np.nansum(is_hit),
+    )
+    return sums, Predictions(index=index, target=target, answer=answer)
+
+
+def _inference(
+    model: nn.Module, network: nn.Module, samples: RandomSample, size: int
+) -> Inference | None:
+    """The work on `samples`, all T steps in one call; None without a sample.
+
+    `size`: the number of samples per call. Their T steps take no more memory than a call of the
+    evaluation.
+    """
+    if not len(samples):
+        return None
+    with Operations(network) as operations:
+        for x_TB in samples.batches(size):
+            with fresh_state(model):
+                model(x_TB)
+    # The work of other purposes is left out, because inference needs no rule.
+    work = operations.work.get("forward", Work())
+    return Inference(work, len(samples), tuple(sorted(operations.not_counted)))
+
+
+def _over_ranks(sums: _Sums, ranks: Ranks, firing_rate: float) -> Evaluation:
+    total = _Sums(*ranks.sum(torch.tensor(sums, dtype=torch.float64)).tolist())
+    require(total.samples > 0, "evaluate: needs at least one sample; got none on any rank")
+    return Evaluation(
+        samples=int(total.samples),
+        top1=total.top1 / total.samples,
+        top5=total.top5 / total.top5_samples if total.top5_samples else None,
+        loss=total.loss / total.samples,
+        firing_rate=firing_rate,
     )
 
 
@@ -219,8 +268,8 @@ def evaluation_batches(
                 remaining -= len(target_B)
             if len(target_B):
                 yield (
-                    to_time_first(x_B.to(ranks.device), time_steps),
-                    target_B.to(ranks.device),
+                    to_time_first(x_B.to(ranks.device, non_blocking=True), time_steps),
+                    target_B.to(ranks.device, non_blocking=True),
                     index_B,
                 )
             if remaining == 0:

@@ -178,4 +178,4 @@ def test_ones_are_passed_over_once_and_no_device_is_waited_for(
         with Passes(s_TB.numel()) as passes, activity.batch(torch.arange(100)):
             layer.record(neuron, None, {}, s_TB)
         assert passes.names == expected
-    assert layer.spikes_TN.shape == (2, 21)
+    assert (layer.by_step_T.shape, layer.by_neuron_N.shape) == ((2,), (21,))

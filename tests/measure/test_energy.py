@@ -173,15 +173,14 @@ def test_an_evaluation_is_measured_from_its_first_batch_to_its_last_and_told_by_
         counts_operations=True,
         energy_counter=EnergyCounter(torch.device("cuda")),
     )
-    assert found.inference is not None and used_mj == [
-        5_000_000 + 3 * 400 + 3 * 100
-    ]  # the last 300 to count operations
+    # At each of two time steps; then to count operations, of two samples at once.
+    assert found.inference is not None and used_mj == [5_000_000 + 3 * (300 + 2 * 100) + 6 * 100]
     measured_j = joules_per_sample([found.readings])
-    assert measured_j == pytest.approx(1.2 / 12)
+    assert measured_j == pytest.approx(1.5 / 12)
     told = found.inference.to_dict(measured_j)
     assert told["measured_j"] == measured_j and told["energy_j"] < 1e-9
     assert describe_inference(told, on_gpu=True).endswith(
-        "pJ estimated (45 nm, fp32), 100 mJ measured on the whole card, idle power and waits for"
+        "pJ estimated (45 nm, fp32), 125 mJ measured on the whole card, idle power and waits for"
         " data included"
     )
 
