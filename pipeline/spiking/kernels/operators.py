@@ -11,7 +11,7 @@ steps that are dense in memory and follow one another, or one step for a static 
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -61,7 +61,14 @@ def kernel(name: str, x: Tensor) -> Callable[..., Any]:
 
 
 def _function(name: str, device: str) -> Callable[..., Any]:
-    return getattr(_import(f"pipeline.spiking.kernels.{device}"), name)
+    function = getattr(_import(f"pipeline.spiking.kernels.{device}"), name)
+    return function if device == "cpu" else partial(_on_its_gpu, function)
+
+
+def _on_its_gpu(function: Callable[..., Any], *args: Any) -> Any:
+    """Call with the GPU of the tensors as the current one, on which Triton launches kernels."""
+    with torch.cuda.device_of(next(each for each in args if each is not None)):
+        return function(*args)
 
 
 # --------------------------------------------------------------------------------- order of memory

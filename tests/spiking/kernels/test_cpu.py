@@ -175,6 +175,11 @@ def test_a_norm_of_each_step_is_torchs(
     assert all(map(torch.equal, found[0][:3], found[1][:3])) or order == "channels last"
 
 
+def test_one_value_per_channel_has_no_variance():
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        BatchNorm(3)(torch.randn(2, 1, 3))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_a_scaled_sum_is_torchs_and_has_the_dtype_of_the_stream(dtype: torch.dtype):
     torch.manual_seed(0)
