@@ -9,7 +9,7 @@ import torch
 
 from pipeline.spiking.kernels import cpu, cuda, operators
 from pipeline.spiking.neuron import LIF, PLIF
-from tests.helpers.kernel_cases import cases, distance, outcome
+from tests.helpers.kernel_cases import assert_eagers, cases, distance
 from tests.helpers.rule_networks import outputs
 
 # The interpreter cuts the last bits of a bf16 off, at each of three roundings.
@@ -27,15 +27,7 @@ def main(part: int, parts: int) -> None:
         for dtype, bound in BOUNDS.items():
             x_TB = ((torch.randn(case.steps, 3, 50) * 12 + 4).round() / 8).to(dtype)
             g_TB = torch.randn(case.steps, 3, 50).to(dtype)
-            spikes, v_B, g_x_TB, *decays = outcome(case, "auto", x_TB, g_TB)
-            eager_spikes, eager_v_B, eager_g_x_TB, *eager_decays = outcome(
-                case, "eager", x_TB, g_TB
-            )
-            assert torch.equal(spikes, eager_spikes) and torch.equal(v_B, eager_v_B), (case, dtype)
-            assert distance(g_x_TB, eager_g_x_TB) <= bound, (case, dtype)
-            for one, other in zip(decays, eager_decays, strict=True):
-                difference = abs(float(one - other))
-                assert difference <= bound * float(g_TB.float().abs().sum()), (case, dtype)
+            assert_eagers(case, x_TB, g_TB, bound)
             held += 1
     print(held, "held")
 
