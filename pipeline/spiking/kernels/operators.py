@@ -36,6 +36,12 @@ def has_kernels(x: Tensor) -> bool:
     return isinstance(x, FakeTensor) or x.is_meta or _is_installed(_PACKAGES.get(x.device.type))
 
 
+def kernels_of(device: torch.device) -> str:
+    """The package of the kernels for a device; "eager": there are none, and torch computes."""
+    package = _PACKAGES.get(device.type)
+    return package if package is not None and _is_installed(package) else "eager"
+
+
 @cache
 def _is_installed(package: str | None) -> bool:
     return package is not None and find_spec(package) is not None
