@@ -79,16 +79,18 @@ def outcome(case: Case, kernel: str, x_TB: Tensor, g_TB: Tensor) -> tuple[Tensor
     return s_TB.detach(), v_B.detach(), *gradients
 
 
-def assert_eagers(case: Case, x_TB: Tensor, g_TB: Tensor, bound: float) -> None:
+def assert_eagers(
+    case: Case, x_TB: Tensor, g_TB: Tensor, bound: float, *, decay_bound: float = 1e-5
+) -> None:
     """Spikes and membranes have eager's bits. The gradient of the input differs by at most `bound`
-    of its largest number, that of a learnt decay by 1e-5 of the sum of `g_TB`: it is a sum, too.
+    of its largest number, that of a learnt decay by `decay_bound` of the sum of `g_TB`.
     """
     spikes, v_B, g_x_TB, *g_decay = outcome(case, "auto", x_TB, g_TB)
     eager_spikes, eager_v_B, eager_g_x_TB, *eager_g_decay = outcome(case, "eager", x_TB, g_TB)
     assert torch.equal(spikes, eager_spikes) and torch.equal(v_B, eager_v_B), case
     assert distance(g_x_TB, eager_g_x_TB) <= bound, case
     for one, other in zip(g_decay, eager_g_decay, strict=True):
-        assert abs(float(one - other)) <= 1e-5 * float(g_TB.float().abs().sum()), case
+        assert abs(float(one - other)) <= decay_bound * float(g_TB.float().abs().sum()), case
 
 
 def ran(x_TB: Tensor, kernel: Any = "auto", lif: LIF | None = None) -> tuple[Tensor, Tensor]:

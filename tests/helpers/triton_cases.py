@@ -27,7 +27,7 @@ def main(part: int, parts: int) -> None:
         for dtype, bound in BOUNDS.items():
             x_TB = ((torch.randn(case.steps, 3, 50) * 12 + 4).round() / 8).to(dtype)
             g_TB = torch.randn(case.steps, 3, 50).to(dtype)
-            assert_eagers(case, x_TB, g_TB, bound)
+            assert_eagers(case, x_TB, g_TB, bound, decay_bound=bound)
             held += 1
     print(held, "held")
 

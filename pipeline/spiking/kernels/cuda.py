@@ -172,27 +172,13 @@ def lif_forward(
     s_TB, v_end_B = new_steps(x_TB, x_TB.dtype), new_step(x_TB, torch.float32)
     u_TB = new_steps(x_TB, torch.float32) if saves_u else None
     _forward[_grid(neurons)](
-        x_TB,
-        v_B,
-        learnt_decay,
-        levels,
-        s_TB,
-        v_end_B,
-        u_TB,
-        neurons,
-        _step(x_TB),
+        x_TB, v_B, learnt_decay, levels, s_TB, v_end_B, u_TB, neurons, _step(x_TB),
         *_numbers(decay, threshold, subtract, gain, beta),
-        STEPS=steps,
-        CHARGE=charge,
-        TO_ZERO=subtract is None and levels is None,
-        HAS_V=v_B is not None,
-        LEARNT=learnt_decay is not None,
-        LEVELS=levels is not None,
-        SCALES=beta != 1,
-        SAVES_U=saves_u,
-        BLOCK=BLOCK,
-        enable_fp_fusion=False,  # of the compiler
-    )
+        STEPS=steps, CHARGE=charge, TO_ZERO=subtract is None and levels is None,
+        HAS_V=v_B is not None, LEARNT=learnt_decay is not None, LEVELS=levels is not None,
+        SCALES=beta != 1, SAVES_U=saves_u, BLOCK=BLOCK,
+        enable_fp_fusion=False,  # each product is rounded, but for those of tl.fma
+    )  # fmt: skip
     return s_TB, v_end_B, u_TB
 
 
@@ -227,37 +213,15 @@ def lif_backward(
     if learnt_decay is not None:
         sums = torch.empty(_grid(neurons), dtype=torch.float32, device=like.device)
     _backward[_grid(neurons)](
-        u_TB,
-        x_TB,
-        v_B,
-        learnt_decay,
-        g_s_TB,
-        g_v_B,
-        g_x_TB,
-        g_v0_B,
-        sums,
-        neurons,
-        0 if x_TB is None else _step(x_TB),
-        0 if g_s_TB is None else _step(g_s_TB),
-        *_numbers(decay, threshold, subtract, gain, beta),
-        a,
-        b,
-        STEPS=steps,
-        CHARGE=charge,
-        TO_ZERO=subtract is None,
-        HAS_U=u_TB is not None,
-        HAS_V=v_B is not None,
-        LEARNT=learnt_decay is not None,
-        SCALES=beta != 1,
-        HAS_G_S=g_s_TB is not None,
-        HAS_G_V=g_v_B is not None,
-        NEEDS_V=needs_v,
-        SURROGATE=surrogate,
-        RESET_GRADIENT=reset_gradient,
-        CUT=cut,
-        BLOCK=BLOCK,
-        enable_fp_fusion=False,  # of the compiler
-    )
+        u_TB, x_TB, v_B, learnt_decay, g_s_TB, g_v_B, g_x_TB, g_v0_B, sums, neurons,
+        0 if x_TB is None else _step(x_TB), 0 if g_s_TB is None else _step(g_s_TB),
+        *_numbers(decay, threshold, subtract, gain, beta), a, b,
+        STEPS=steps, CHARGE=charge, TO_ZERO=subtract is None, HAS_U=u_TB is not None,
+        HAS_V=v_B is not None, LEARNT=learnt_decay is not None, SCALES=beta != 1,
+        HAS_G_S=g_s_TB is not None, HAS_G_V=g_v_B is not None, NEEDS_V=needs_v,
+        SURROGATE=surrogate, RESET_GRADIENT=reset_gradient, CUT=cut, BLOCK=BLOCK,
+        enable_fp_fusion=False,
+    )  # fmt: skip
     g_decay = None
     if sums is not None and learnt_decay is not None:
         g_decay = sums.sum().view(1).to(learnt_decay.dtype)
