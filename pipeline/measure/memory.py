@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from pipeline.core.units import counted
+from pipeline.spiking.kernels.operators import kernels_of
 
 # ----------------------------------------------------------------------------------------- process
 
@@ -169,6 +170,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "memory_gib": round(_proc_bytes("/proc/meminfo", "MemTotal:") / 2**30),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
         "torch": str(torch.__version__),
+        "kernels": kernels_of(device),
         "threads": torch.get_num_threads(),
     }
 

@@ -26,6 +26,7 @@ from pipeline.measure.saved_bytes import held_bytes, storage_bytes
 from pipeline.recipe.phases import stretch_at
 from pipeline.recipe.recipe import Recipe
 from pipeline.rules.base import Rule
+from pipeline.spiking.kernels.operators import kernels_of
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm, foreign_norms
 from pipeline.track.events import NO_ATTEMPT, Event, FirstBatch, Rollback, Skipped, Start, from_dict
@@ -280,6 +281,8 @@ def conditions(
     norm_over            `over` of each `BatchNorm`. A norm of another library is "time" with its
                          class, because it gets the time steps in the batch dimension
     exact                see `exactness`
+    neuron_kernel        "numba", "triton" or "eager": the device's, or eager where a LIF has
+                         `kernel="eager"`. A rule or a user's neuron may compute in its own way
     steps_per_forward    the time steps in one forward pass of the network, in 1..T
     """
     modules = list(network.modules())
@@ -290,6 +293,11 @@ def conditions(
         "norm_over": _kinds(
             [module.over for module in modules if isinstance(module, BatchNorm)]
             + [f"time ({type(norm).__name__})" for norm in foreign_norms(network).values()]
+        ),
+        "neuron_kernel": _kinds(
+            "eager" if module.kernel == "eager" else kernels_of(device)
+            for module in modules
+            if isinstance(module, LIF)
         ),
         "precision": recipe.precision,
         "exact": exactness(device),

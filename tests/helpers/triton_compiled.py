@@ -1,68 +1,101 @@
-"""The kernels of neurons, compiled for an H100 without one. Prints each with its registers and the
-bytes that do not fit into them.
+"""The kernels as a GPU would be given them, compiled for an H100 without one. Prints each with its
+registers and the bytes that do not fit into them.
 
     python -m tests.helpers.triton_compiled
+
+The arguments of each launch are those of the public functions, on tensors of a CPU, so what Triton
+specialises on (absent tensors, integers that are 1 or divisible by 16, addresses) is as on a GPU.
+Nothing is launched: the tensors keep what was in their memory.
 """
 
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from pipeline.spiking.kernels import cuda
+from pipeline.spiking.kernels import cuda, operators
+from pipeline.spiking.neuron import LIF
+from tests.helpers.kernel_cases import cases, outcome
+from tests.helpers.rule_networks import outputs
 
-H100 = GPUTarget("cuda", 90, 32)
-READ_ELF = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-OF_INPUTS = ("x", "s", "g_s", "g_x")
-INTEGERS = ("neurons", "x_step", "g_s_step")
-NUMBERS = ("decay", "threshold", "subtract", "gain", "inverse_beta", "a", "b")
-
-
-def compiled(kernel: Any, dtype: str, **constants: Any) -> str:
-    names = kernel.arg_names
-    types = {name: f"*{dtype}" if name in OF_INPUTS else "*fp32" for name in names}
-    types |= dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(NUMBERS, "fp32")
-    types |= dict.fromkeys(constants, "constexpr")
-    aligned = [name for name in names if types[name].startswith("*") or types[name] == "i32"]
-    source = ASTSource(
-        fn=kernel,
-        signature={name: types[name] for name in names},
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
-    binary = triton.compile(source, target=H100, options={"enable_fp_fusion": False})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        said = subprocess.run(
-            [READ_ELF, "--dump-resource-usage", file.name], capture_output=True, text=True
-        ).stdout
-    registers, stack, local = (re.findall(rf"{word}:(\d+)", said)[0] for word in WORDS)
-    return f"{kernel.fn.__name__} {dtype} {constants['STEPS']} steps: {registers} {stack} {local}"
-
-
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 WORDS = ("REG", "STACK", "LOCAL")
 
 
+class H100:
+    """What Triton asks of a driver to compile."""
+
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+
+def compiling(seen: list[tuple[str, Any]]) -> Callable[..., None]:
+    """In place of a launch. `seen` gets the name and the binary of each kernel, once."""
+    run: Any = JITFunction.run
+
+    def compile_only(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        binary = run(kernel, *args, grid=grid, warmup=True, **options)
+        if all(binary is not other for _, other in seen):
+            seen.append((kernel.fn.__name__, binary))
+
+    return compile_only
+
+
+def usage(binary: Any) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        words = [CUOBJDUMP, "--dump-resource-usage", file.name]
+        said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    return " ".join(re.findall(rf"{word}:(\d+)", said)[0] for word in WORDS)
+
+
+def compile_neurons() -> None:
+    every = list(cases())
+    for dtype in (torch.bfloat16, torch.float32):
+        for steps, step in ((1, 97), (5, 61)):
+            for case in [case for case in every if case.steps == steps][::step]:
+                x_TB, g_TB = (torch.zeros(steps, 3, 4000, dtype=dtype) for _ in range(2))
+                outcome(case, "auto", x_TB, g_TB)
+    case, x_TB = every[0], torch.zeros(4, 1)  # Triton makes a constant of the integer 1
+    outcome(case._replace(steps=4), "auto", x_TB, x_TB)
+    outputs(LIF(1, threshold=2), x_TB)  # integers have another type than floats
+    cuda.lif_forward(x_TB, None, None, torch.ones(3), 1, 0.4, 0.0, 0.0, 1.0, 1.0, False)
+
+
+def compile_others() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        x_NC = torch.zeros(12, 48, 6, 6, dtype=dtype)
+        last_NC = x_NC.contiguous(memory_format=torch.channels_last)
+        for x_TBC in (each.unflatten(0, (3, 4)) for each in (x_NC, last_NC, x_NC[:, :33, 0, 0])):
+            x_TBC = operators.dense(x_TBC)
+            channels = x_TBC.shape[2]
+            weight, moments_TC = torch.ones(channels), torch.ones(3, channels)
+            cuda.step_norm_forward(x_TBC, weight, weight, weight, weight, 0.1, 1e-5)
+            cuda.step_norm_backward(x_TBC, x_TBC, weight, moments_TC, moments_TC)
+            cuda.scaled_add_forward(x_TBC, x_TBC, weight[:1], 0.2)
+            cuda.scaled_add_backward(x_TBC, x_TBC, weight[:1], 0.2)
+            cuda.unpack_spikes(cuda.pack_spikes(x_TBC), x_TBC, 2.0)
+
+
 def main() -> None:
-    plain = {"CHARGE": 0, "TO_ZERO": False, "LEARNT": False, "SCALES": True, "BLOCK": cuda.BLOCK}
-    most = plain | {"CHARGE": 2, "TO_ZERO": True, "LEARNT": True, "HAS_V": True}
-    gradients = {"HAS_G_S": True, "RESET_GRADIENT": False, "CUT": False, "SURROGATE": 0}
-    for dtype in ("bf16", "fp32"):
-        for steps in (1, 4, 6):
-            recomputes = dtype == "bf16" and steps > 1
-            about = {"STEPS": steps, "HAS_V": steps == 1}
-            forward = {"LEVELS": False, "SAVES_U": not recomputes}
-            print(compiled(cuda._forward, dtype, **plain | about | forward))
-            backward = gradients | {"HAS_U": not recomputes, "HAS_G_V": False, "NEEDS_V": False}
-            print(compiled(cuda._backward, dtype, **plain | about | backward))
-            backward |= {"HAS_G_V": True, "NEEDS_V": True, "RESET_GRADIENT": True, "SURROGATE": 1}
-            print(compiled(cuda._backward, dtype, **most | backward | {"STEPS": steps}))
+    driver.set_active(H100())  # type: ignore[arg-type]
+    operators._import = lambda module: cuda  # type: ignore[assignment]
+    seen: list[tuple[str, Any]] = []
+    JITFunction.run = compiling(seen)  # type: ignore[method-assign]
+    compile_neurons()
+    compile_others()
+    for name, binary in seen:
+        print(f"{name}: {usage(binary)}")
 
 
 if __name__ == "__main__":

@@ -253,7 +253,8 @@ def test_a_machine_is_known_again_however_many_cards_a_worker_saw(monkeypatch):
     of_worker = {**hardware(torch.device("cuda", 3)), "cores": 1, "threads": 9}
     assert hardware_differences(of_worker, own_cores=False) == []
     on_cores = hardware(torch.device("cpu"))
-    assert hardware_differences(on_cores, own_cores=False) == [("gpu", "H100", "none")]
+    differing = [("gpu", "H100", "none"), ("kernels", "triton", "numba")]
+    assert hardware_differences(on_cores, own_cores=False) == differing
 
 
 def test_hardware_is_flat_and_the_same_twice():

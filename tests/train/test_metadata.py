@@ -15,6 +15,7 @@ from pipeline.recipe.recipe import spec
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
+from pipeline.spiking.kernels import operators
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.train.evaluation import Evaluation
@@ -66,6 +67,20 @@ def test_they_are_read_off_the_network(
     wanted = {"reset_gradient": reset_gradient, "norm_over": norm_over, "precision": precision}
     found = conditions(network, BPTT(), small_recipe(precision=precision), CPU)
     assert found.items() >= wanted.items()
+
+
+def test_they_name_the_kernel_of_the_neurons(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernel(*neurons: nn.Module, device: str = "cpu") -> object:
+        about = BPTT(), small_recipe(), torch.device(device)
+        return conditions(nn.Sequential(*neurons), *about)["neuron_kernel"]
+
+    assert kernel(LIF()) == hardware(CPU)["kernels"] == "numba"
+    assert kernel(LIF(kernel="eager")) == "eager"
+    assert kernel(LIF(), LIF(kernel="eager")) == "eager, numba"
+    assert kernel(nn.Linear(1, 1)) == "none"
+    assert kernel(LIF(), device="cuda") == "triton"
+    monkeypatch.setattr(operators, "_is_installed", lambda package: False)
+    assert kernel(LIF()) == hardware(CPU)["kernels"] == "eager"
 
 
 def test_start_up_is_part_of_the_wall_clock_and_not_of_net_time(

@@ -3,12 +3,20 @@
 A program runs all time steps of its neurons with the membrane in registers, so each value is read
 and written once. The backward reads u, or computes u[t] for each t from the inputs up to t, which
 are in the cache.
+
+Offsets have 64 bits, because T times the neurons may exceed 2^31.
 """
 
 # T time, B batch
 
-import math
+# pyright: reportInvalidTypeForm=false
+# Triton reads the annotations of a kernel.
 
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
 import torch
 import triton
 from torch import Tensor
@@ -16,11 +24,13 @@ from triton import language as tl
 
 from pipeline.spiking.kernels.operators import new_step, new_steps
 
+_jit: Any = triton.jit  # its types are of what is compiled
 BLOCK = 1024
+PROGRAMS = 1024  # fill a large GPU
 
 
-@triton.jit
-def _charge(v, x, decay, inverse_beta, CHARGE: tl.constexpr, SCALES: tl.constexpr):
+@_jit
+def _charge(v, x, decay, weight, inverse_beta, CHARGE: tl.constexpr, SCALES: tl.constexpr):
     """u from the membrane and the input, which is scaled in its own dtype, as in eager."""
     current = x.to(tl.float32)
     if SCALES:
@@ -28,19 +38,19 @@ def _charge(v, x, decay, inverse_beta, CHARGE: tl.constexpr, SCALES: tl.constexp
     if CHARGE == 0:
         return tl.fma(v, decay, current)
     elif CHARGE == 1:
-        return tl.fma(v, decay, (1.0 - decay) * current)
+        return tl.fma(v, decay, weight * current)
     else:  # as torch.lerp
         nearer = tl.where(decay < 0.5, current, v)
         return tl.fma(v - current, tl.where(decay < 0.5, decay, decay - 1.0), nearer)
 
 
-@triton.jit
+@_jit
 def _reset(u, threshold, subtract, TO_ZERO: tl.constexpr):
     fires = u - threshold >= 0.0
     return tl.where(fires, 0.0 if TO_ZERO else u - subtract, u)
 
 
-@triton.jit
+@_jit
 def _derivative(distance, a, b, SURROGATE: tl.constexpr):
     """The surrogate's derivative; a, b and SURROGATE are those of `surrogate_constants`."""
     if SURROGATE == 0:
@@ -55,12 +65,12 @@ def _derivative(distance, a, b, SURROGATE: tl.constexpr):
         return b / (1.0 + z * z)
 
 
-@triton.jit
+@_jit
 def _forward(
-    x, v0, learnt_decay, levels, s, v_end, u, neurons, x_step, decay, threshold, subtract, gain,
-    inverse_beta, STEPS: tl.constexpr, CHARGE: tl.constexpr, TO_ZERO: tl.constexpr,
-    HAS_V: tl.constexpr, LEARNT: tl.constexpr, LEVELS: tl.constexpr, SCALES: tl.constexpr,
-    SAVES_U: tl.constexpr, BLOCK: tl.constexpr,
+    x, v0, learnt_decay, levels, s, v_end, u, neurons: tl.int64, x_step: tl.int64, decay, weight,
+    threshold, subtract, gain, inverse_beta, STEPS: tl.constexpr, CHARGE: tl.constexpr,
+    TO_ZERO: tl.constexpr, HAS_V: tl.constexpr, LEARNT: tl.constexpr, LEVELS: tl.constexpr,
+    SCALES: tl.constexpr, SAVES_U: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < neurons
@@ -72,7 +82,8 @@ def _forward(
         gain = tl.load(levels + 2)
     v = tl.load(v0 + i, mask, 0.0) if HAS_V else tl.zeros((BLOCK,), tl.float32)
     for t in range(STEPS):
-        v = _charge(v, tl.load(x + t * x_step + i, mask, 0.0), decay, inverse_beta, CHARGE, SCALES)
+        x_t = tl.load(x + t * x_step + i, mask, 0.0)
+        v = _charge(v, x_t, decay, weight, inverse_beta, CHARGE, SCALES)
         if SAVES_U:
             tl.store(u + t * neurons + i, v, mask)
         spikes = tl.where(v - threshold >= 0.0, gain, 0.0)
@@ -81,13 +92,14 @@ def _forward(
     tl.store(v_end + i, v, mask)
 
 
-@triton.jit
+@_jit
 def _backward(
-    u, x, v0, learnt_decay, g_s, g_v_end, g_x, g_v0, g_decay, neurons, x_step, g_s_step, decay,
-    threshold, subtract, gain, inverse_beta, a, b, STEPS: tl.constexpr, CHARGE: tl.constexpr,
-    TO_ZERO: tl.constexpr, HAS_U: tl.constexpr, HAS_V: tl.constexpr, LEARNT: tl.constexpr,
-    SCALES: tl.constexpr, HAS_G_S: tl.constexpr, HAS_G_V: tl.constexpr, NEEDS_V: tl.constexpr,
-    SURROGATE: tl.constexpr, RESET_GRADIENT: tl.constexpr, CUT: tl.constexpr, BLOCK: tl.constexpr,
+    u, x, v0, learnt_decay, g_s, g_v_end, g_x, g_v0, g_decay, neurons: tl.int64, x_step: tl.int64,
+    g_s_step: tl.int64, decay, weight, threshold, subtract, gain, inverse_beta, a, b,
+    STEPS: tl.constexpr, CHARGE: tl.constexpr, TO_ZERO: tl.constexpr, HAS_U: tl.constexpr,
+    HAS_V: tl.constexpr, LEARNT: tl.constexpr, SCALES: tl.constexpr, HAS_G_S: tl.constexpr,
+    HAS_G_V: tl.constexpr, NEEDS_V: tl.constexpr, SURROGATE: tl.constexpr,
+    RESET_GRADIENT: tl.constexpr, CUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < neurons
@@ -107,10 +119,10 @@ def _backward(
         else:
             for k in range(t):
                 x_k = tl.load(x + k * x_step + i, mask, 0.0)
-                u_k = _charge(v, x_k, decay, inverse_beta, CHARGE, SCALES)
+                u_k = _charge(v, x_k, decay, weight, inverse_beta, CHARGE, SCALES)
                 v = _reset(u_k, threshold, subtract, TO_ZERO)
             x_t = tl.load(x + t * x_step + i, mask, 0.0)
-            u_t = _charge(v, x_t, decay, inverse_beta, CHARGE, SCALES)
+            u_t = _charge(v, x_t, decay, weight, inverse_beta, CHARGE, SCALES)
         distance = u_t - threshold
         g = tl.zeros((BLOCK,), tl.float32)
         if HAS_G_S:
@@ -125,7 +137,11 @@ def _backward(
                 x_t = tl.load(x + t * x_step + i, mask, 0.0)
                 v -= (x_t.to(tl.float32) * inverse_beta).to(x_t.dtype).to(tl.float32)
             total += g * v
-        current = g if CHARGE == 0 else g * (1.0 - decay)
+        current = g
+        if CHARGE == 1:
+            current = g * weight
+        elif CHARGE == 2:
+            current = g * (1.0 - decay)
         if SCALES:
             current = current.to(g_x.dtype.element_ty).to(tl.float32) * inverse_beta
         tl.store(g_x + t * neurons + i, current.to(g_x.dtype.element_ty), mask)
@@ -156,31 +172,13 @@ def lif_forward(
     s_TB, v_end_B = new_steps(x_TB, x_TB.dtype), new_step(x_TB, torch.float32)
     u_TB = new_steps(x_TB, torch.float32) if saves_u else None
     _forward[_grid(neurons)](
-        x_TB,
-        v_B,
-        learnt_decay,
-        levels,
-        s_TB,
-        v_end_B,
-        u_TB,
-        neurons,
-        _step(x_TB),
-        decay,
-        threshold,
-        subtract or 0.0,
-        gain,
-        1 / beta,
-        STEPS=steps,
-        CHARGE=charge,
-        TO_ZERO=subtract is None and levels is None,
-        HAS_V=v_B is not None,
-        LEARNT=learnt_decay is not None,
-        LEVELS=levels is not None,
-        SCALES=beta != 1,
-        SAVES_U=saves_u,
-        BLOCK=BLOCK,
-        enable_fp_fusion=False,  # type: ignore[call-arg]  # of the compiler
-    )
+        x_TB, v_B, learnt_decay, levels, s_TB, v_end_B, u_TB, neurons, _step(x_TB),
+        *_numbers(decay, threshold, subtract, gain, beta),
+        STEPS=steps, CHARGE=charge, TO_ZERO=subtract is None and levels is None,
+        HAS_V=v_B is not None, LEARNT=learnt_decay is not None, LEVELS=levels is not None,
+        SCALES=beta != 1, SAVES_U=saves_u, BLOCK=BLOCK,
+        enable_fp_fusion=False,  # each product is rounded, but for those of tl.fma
+    )  # fmt: skip
     return s_TB, v_end_B, u_TB
 
 
@@ -215,88 +213,64 @@ def lif_backward(
     if learnt_decay is not None:
         sums = torch.empty(_grid(neurons), dtype=torch.float32, device=like.device)
     _backward[_grid(neurons)](
-        u_TB,
-        x_TB,
-        v_B,
-        learnt_decay,
-        g_s_TB,
-        g_v_B,
-        g_x_TB,
-        g_v0_B,
-        sums,
-        neurons,
-        0 if x_TB is None else _step(x_TB),
-        0 if g_s_TB is None else _step(g_s_TB),
-        decay,
-        threshold,
-        subtract or 0.0,
-        gain,
-        1 / beta,
-        a,
-        b,
-        STEPS=steps,
-        CHARGE=charge,
-        TO_ZERO=subtract is None,
-        HAS_U=u_TB is not None,
-        HAS_V=v_B is not None,
-        LEARNT=learnt_decay is not None,
-        SCALES=beta != 1,
-        HAS_G_S=g_s_TB is not None,
-        HAS_G_V=g_v_B is not None,
-        NEEDS_V=needs_v,
-        SURROGATE=surrogate,
-        RESET_GRADIENT=reset_gradient,
-        CUT=cut,
-        BLOCK=BLOCK,
-        enable_fp_fusion=False,  # type: ignore[call-arg]  # of the compiler
-    )
-    return g_x_TB, g_v0_B, None if sums is None else sums.sum().view(1).to(dtype)
+        u_TB, x_TB, v_B, learnt_decay, g_s_TB, g_v_B, g_x_TB, g_v0_B, sums, neurons,
+        0 if x_TB is None else _step(x_TB), 0 if g_s_TB is None else _step(g_s_TB),
+        *_numbers(decay, threshold, subtract, gain, beta), a, b,
+        STEPS=steps, CHARGE=charge, TO_ZERO=subtract is None, HAS_U=u_TB is not None,
+        HAS_V=v_B is not None, LEARNT=learnt_decay is not None, SCALES=beta != 1,
+        HAS_G_S=g_s_TB is not None, HAS_G_V=g_v_B is not None, NEEDS_V=needs_v,
+        SURROGATE=surrogate, RESET_GRADIENT=reset_gradient, CUT=cut, BLOCK=BLOCK,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    g_decay = None
+    if sums is not None and learnt_decay is not None:
+        g_decay = sums.sum().view(1).to(learnt_decay.dtype)
+    return g_x_TB, g_v0_B, g_decay
+
+
+@cache
+def _numbers(
+    decay: float, threshold: float, subtract: float | None, gain: float, beta: float
+) -> tuple[float, ...]:
+    """The arguments from `decay` to `inverse_beta`, in fp32; Triton gives integers another type."""
+    inverse_beta = np.float32(1) / np.float32(beta)  # by which torch multiplies on a GPU
+    numbers = (decay, 1 - decay, threshold, subtract or 0, gain, inverse_beta)
+    return tuple(float(np.float32(number)) for number in numbers)
 
 
 def _grid(neurons: int) -> tuple[int]:
-    return (triton.cdiv(neurons, BLOCK),)
+    return (-(-neurons // BLOCK),)
 
 
-@triton.jit
-def _scaled_add(x, b, gain, y, alpha, size, x_step, b_step, step, BLOCK: tl.constexpr):
+@_jit
+def _scaled_add(x, b, gain, y, alpha, size, x_step, b_step, BLOCK: tl.constexpr):
+    """Of one time step, whose number is the second of the program."""
+    t = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
-    t, n = i // step, i % step
-    x_i = tl.load(x + t * x_step + n, mask, 0.0).to(tl.float32)
-    b_i = tl.load(b + t * b_step + n, mask, 0.0).to(tl.float32)
+    x_i = tl.load(x + t * x_step + i, mask, 0.0).to(tl.float32)
+    b_i = tl.load(b + t * b_step + i, mask, 0.0).to(tl.float32)
     y_i = tl.fma(b_i, alpha * tl.load(gain).to(tl.float32), x_i)
-    tl.store(y + i, y_i.to(y.dtype.element_ty), mask)
+    tl.store(y + t * size + i, y_i.to(y.dtype.element_ty), mask)
 
 
-@triton.jit
-def _scaled_add_backward(
-    g, b, gain, g_b, sums, alpha, size, g_step, b_step, step, BLOCK: tl.constexpr
-):
+@_jit
+def _scaled_add_backward(g, b, gain, g_b, sums, alpha, size, g_step, b_step, BLOCK: tl.constexpr):
+    t = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
-    t, n = i // step, i % step
-    g_i = tl.load(g + t * g_step + n, mask, 0.0).to(tl.float32)
-    b_i = tl.load(b + t * b_step + n, mask, 0.0).to(tl.float32)
+    g_i = tl.load(g + t * g_step + i, mask, 0.0).to(tl.float32)
+    b_i = tl.load(b + t * b_step + i, mask, 0.0).to(tl.float32)
     g_b_i = g_i * (alpha * tl.load(gain).to(tl.float32))
-    tl.store(g_b + i, g_b_i.to(g_b.dtype.element_ty), mask)
-    tl.store(sums + tl.program_id(0), tl.sum(g_i * b_i, 0))
+    tl.store(g_b + t * size + i, g_b_i.to(g_b.dtype.element_ty), mask)
+    tl.store(sums + t * tl.num_programs(0) + tl.program_id(0), tl.sum(g_i * b_i, 0))
 
 
 def scaled_add_forward(x_TB: Tensor, b_TB: Tensor, gain: Tensor, alpha: float) -> Tensor:
     """The forward of `scaled_add.py`."""
-    y_TB = new_steps(b_TB, b_TB.dtype)
-    size, step = y_TB.numel(), math.prod(y_TB.shape[1:])
-    _scaled_add[_grid(size)](
-        x_TB,
-        b_TB,
-        gain,
-        y_TB,
-        alpha,
-        size,
-        _step(x_TB),
-        _step(b_TB),
-        step,
-        BLOCK=BLOCK,  # type: ignore[arg-type]
+    y_TB, size = new_steps(b_TB, b_TB.dtype), math.prod(b_TB.shape[1:])
+    _scaled_add[(*_grid(size), len(b_TB))](
+        x_TB, b_TB, gain, y_TB, float(alpha), size, _step(x_TB), _step(b_TB), BLOCK=BLOCK
     )
     return y_TB
 
@@ -305,21 +279,11 @@ def scaled_add_backward(
     g_TB: Tensor, b_TB: Tensor, gain: Tensor, alpha: float
 ) -> tuple[Tensor, Tensor]:
     """The backward of `scaled_add.py`."""
-    g_b_TB = new_steps(b_TB, b_TB.dtype)
-    size, step = g_b_TB.numel(), math.prod(g_b_TB.shape[1:])
-    sums = torch.empty(_grid(size), dtype=torch.float32, device=b_TB.device)
-    _scaled_add_backward[_grid(size)](
-        g_TB,
-        b_TB,
-        gain,
-        g_b_TB,
-        sums,
-        alpha,
-        size,
-        _step(g_TB),
-        _step(b_TB),
-        step,
-        BLOCK=BLOCK,  # type: ignore[arg-type]
+    g_b_TB, size = new_steps(b_TB, b_TB.dtype), math.prod(b_TB.shape[1:])
+    grid = (*_grid(size), len(b_TB))
+    sums = torch.empty(grid, dtype=torch.float32, device=b_TB.device)
+    _scaled_add_backward[grid](
+        g_TB, b_TB, gain, g_b_TB, sums, float(alpha), size, _step(g_TB), _step(b_TB), BLOCK=BLOCK
     )
     return g_b_TB, sums.sum(dtype=gain.dtype).mul_(alpha).view(1)
 
@@ -329,87 +293,95 @@ def _step(x_TB: Tensor) -> int:
     return x_TB.stride(0) if len(x_TB) > 1 else 0
 
 
-@triton.jit
+@_jit
 def _norm_sums(
-    x, g, mean, invstd, first, second, rows, pixels, channels, eps, t_step, b_step, c_step, p_step,
+    x, g, mean_TC, sums, rows, pixels, channels, x_step, g_step, b_step, c_step, p_step,
     BACKWARD: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """For one time step and a block of channels: mean and invstd; in the backward the sums of g and
-    of g (x - mean) invstd.
+    """For one time step, a block of channels and a part of the rows: the sums of x - shift and of
+    its square; in the backward of g and of g (x - mean).
+
+    The shift is the first value of a channel, so that the squares stay small.
     """
     t = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     is_channel = c < channels
-    at = t * t_step + c * c_step
+    at_channel = c.to(tl.int64) * c_step
     if BACKWARD:
-        shift = tl.load(mean + t * channels + c, is_channel, 0.0)
-    else:  # the first value of each channel, so that the squares stay small
-        shift = tl.load(x + at, is_channel, 0.0).to(tl.float32)
-    sums = tl.zeros((ROWS, CHANNELS), tl.float32)
-    products = tl.zeros((ROWS, CHANNELS), tl.float32)
-    for start in range(0, rows, ROWS):
+        shift = tl.load(mean_TC + t * channels + c, is_channel, 0.0)
+    else:
+        shift = tl.load(x + t * x_step + at_channel, is_channel, 0.0).to(tl.float32)
+    first = tl.zeros((ROWS, CHANNELS), tl.float32)
+    second = tl.zeros((ROWS, CHANNELS), tl.float32)
+    for start in range(tl.program_id(2) * ROWS, rows, tl.num_programs(2) * ROWS):
         row = start + tl.arange(0, ROWS).to(tl.int64)
         mask = (row < rows)[:, None] & is_channel[None, :]
-        of_row = (row // pixels) * b_step + (row % pixels) * p_step
-        x_RC = tl.load(x + of_row[:, None] + at[None, :], mask, 0.0).to(tl.float32)
+        at_row = (row // pixels) * b_step + (row % pixels) * p_step
+        at = at_row[:, None] + at_channel[None, :]
+        x_RC = tl.load(x + t * x_step + at, mask, 0.0).to(tl.float32)
         centred = tl.where(mask, x_RC - shift[None, :], 0.0)
         factor = centred
         if BACKWARD:
-            factor = tl.load(g + of_row[:, None] + at[None, :], mask, 0.0).to(tl.float32)
-        sums += factor
-        products += factor * centred
-    total, product = tl.sum(sums, 0), tl.sum(products, 0)
-    out = t * channels + c
-    if BACKWARD:
-        tl.store(first + out, total, is_channel)
-        tl.store(second + out, product * tl.load(invstd + out, is_channel, 0.0), is_channel)
-    else:
-        offset = total / rows
-        variance = tl.maximum(product / rows - offset * offset, 0.0)
-        tl.store(first + out, shift + offset, is_channel)
-        tl.store(second + out, 1.0 / tl.sqrt_rn(variance + eps), is_channel)
+            factor = tl.load(g + t * g_step + at, mask, 0.0).to(tl.float32)
+        first += factor
+        second += factor * centred
+    out = sums + ((tl.program_id(2) * tl.num_programs(1) + t) * 2) * channels + c
+    tl.store(out, tl.sum(first, 0), is_channel)
+    tl.store(out + channels, tl.sum(second, 0), is_channel)
 
 
-@triton.jit
-def _running_statistics(
-    mean, invstd, running_mean, running_var, channels, samples, momentum, eps, STEPS: tl.constexpr,
-    BLOCK: tl.constexpr,
+@_jit
+def _moments(
+    x, sums_T2C, mean_TC, invstd_TC, running_mean, running_var, channels, samples,
+    x_step: tl.int64, c_step, momentum, unbiased, eps, STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Mean and 1 / deviation of each step from its sums, and the running statistics.
+
+    `unbiased` is samples / (samples - 1).
+    """
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = c < channels
-    mean_C = tl.load(running_mean + c, mask, 0.0)
-    var_C = tl.load(running_var + c, mask, 1.0)
+    running_mean_C = tl.load(running_mean + c, mask, 0.0).to(tl.float32)
+    running_var_C = tl.load(running_var + c, mask, 1.0).to(tl.float32)
     for t in range(STEPS):
-        invstd_C = tl.load(invstd + t * channels + c, mask, 1.0)
-        unbiased_C = (1.0 / (invstd_C * invstd_C) - eps) * (samples / (samples - 1.0))
-        mean_C += momentum * (tl.load(mean + t * channels + c, mask, 0.0) - mean_C)
-        var_C += momentum * (unbiased_C - var_C)
-    tl.store(running_mean + c, mean_C, mask)
-    tl.store(running_var + c, var_C, mask)
+        at_shift = x + t * x_step + c.to(tl.int64) * c_step
+        at_sums = sums_T2C + t * 2 * channels + c
+        offset = tl.load(at_sums, mask, 0.0) / samples
+        square = tl.load(at_sums + channels, mask, 0.0) / samples
+        mean = tl.load(at_shift, mask, 0.0).to(tl.float32) + offset
+        variance = tl.maximum(square - offset * offset, 0.0)
+        tl.store(mean_TC + t * channels + c, mean, mask)
+        tl.store(invstd_TC + t * channels + c, 1.0 / tl.sqrt_rn(variance + eps), mask)
+        running_mean_C += momentum * (mean - running_mean_C)
+        running_var_C += momentum * (variance * unbiased - running_var_C)
+    tl.store(running_mean + c, running_mean_C, mask)
+    tl.store(running_var + c, running_var_C, mask)
 
 
-@triton.jit
+@_jit
 def _normalized(
-    x, g, weight, bias, mean, invstd, g_sums, g_products, y, size, step, channels, samples, c_step,
-    BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
+    x, g, weight, bias, mean_TC, invstd_TC, sums_T2C, y, size, channels, samples, x_step, g_step,
+    c_step, BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y, or in the backward the gradient of x."""
+    """y of one time step, or in the backward the gradient of x."""
+    t = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < size
     c = (i // c_step) % channels
-    at = (i // step) * channels + c
-    scale = tl.load(invstd + at, mask, 0.0)
-    x_hat = (tl.load(x + i, mask, 0.0).to(tl.float32) - tl.load(mean + at, mask, 0.0)) * scale
+    at = t * channels + c
+    invstd = tl.load(invstd_TC + at, mask, 0.0)
+    x_i = tl.load(x + t * x_step + i, mask, 0.0).to(tl.float32)
+    x_hat = (x_i - tl.load(mean_TC + at, mask, 0.0)) * invstd
+    scale = tl.load(weight + c, mask, 0.0).to(tl.float32)
     if BACKWARD:
-        g_i = tl.load(g + i, mask, 0.0).to(tl.float32)
-        mean_g = tl.load(g_sums + at, mask, 0.0) / samples
-        mean_product = tl.load(g_products + at, mask, 0.0) / samples
-        of_x = g_i - mean_g - x_hat * mean_product
-        y_i = of_x * scale * tl.load(weight + c, mask, 0.0).to(tl.float32)
+        g_i = tl.load(g + t * g_step + i, mask, 0.0).to(tl.float32)
+        at_sums = sums_T2C + t * 2 * channels + c
+        mean_g = tl.load(at_sums, mask, 0.0) / samples
+        mean_product = tl.load(at_sums + channels, mask, 0.0) * invstd / samples
+        y_i = (g_i - mean_g - x_hat * mean_product) * invstd * scale
     else:
-        y_i = x_hat * tl.load(weight + c, mask, 0.0).to(tl.float32)
-        y_i += tl.load(bias + c, mask, 0.0).to(tl.float32)
-    tl.store(y + i, y_i.to(y.dtype.element_ty), mask)
+        y_i = x_hat * scale + tl.load(bias + c, mask, 0.0).to(tl.float32)
+    tl.store(y + t * size + i, y_i.to(y.dtype.element_ty), mask)
 
 
 def step_norm_forward(
@@ -424,17 +396,16 @@ def step_norm_forward(
     """The forward of `step_norm.py`."""
     steps, channels = len(x_TBC), len(weight)
     mean_TC = torch.empty(steps, channels, dtype=torch.float32, device=x_TBC.device)
-    invstd_TC = torch.empty_like(mean_TC)
-    samples = x_TBC.numel() // (steps * channels)
-    _sum_steps(x_TBC, None, None, None, mean_TC, invstd_TC, eps)
-    _running_statistics[(triton.cdiv(channels, 128),)](
-        mean_TC, invstd_TC, running_mean, running_var, channels, samples, momentum, eps,
-        STEPS=steps, BLOCK=128,
+    invstd_TC, samples = torch.empty_like(mean_TC), x_TBC.numel() // (steps * channels)
+    _moments[(triton.cdiv(channels, 128),)](
+        x_TBC, _sums(x_TBC, None, None), mean_TC, invstd_TC, running_mean, running_var, channels,
+        float(samples), _step(x_TBC), x_TBC.stride(2), float(momentum), samples / (samples - 1),
+        float(eps), STEPS=steps, BLOCK=128,
     )  # fmt: skip
-    y_TBC = torch.empty_like(x_TBC)
-    _normalized[_grid(x_TBC.numel())](
-        x_TBC, None, weight, bias, mean_TC, invstd_TC, None, None, y_TBC, x_TBC.numel(),
-        x_TBC[0].numel(), channels, samples, x_TBC.stride(2), BACKWARD=False, BLOCK=BLOCK,
+    y_TBC, size = new_steps(x_TBC, x_TBC.dtype), samples * channels
+    _normalized[(*_grid(size), steps)](
+        x_TBC, None, weight, bias, mean_TC, invstd_TC, None, y_TBC, size, channels, float(samples),
+        _step(x_TBC), 0, x_TBC.stride(2), BACKWARD=False, BLOCK=BLOCK,
     )  # fmt: skip
     return y_TBC, mean_TC, invstd_TC
 
@@ -444,39 +415,38 @@ def step_norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward of `step_norm.py`."""
     steps, channels = mean_TC.shape
-    sums_TC, products_TC = torch.empty_like(mean_TC), torch.empty_like(mean_TC)
-    _sum_steps(x_TBC, g_TBC, mean_TC, invstd_TC, sums_TC, products_TC, 0.0)
-    g_x_TBC = torch.empty_like(x_TBC)
-    _normalized[_grid(x_TBC.numel())](
-        x_TBC, g_TBC, weight, None, mean_TC, invstd_TC, sums_TC, products_TC, g_x_TBC,
-        x_TBC.numel(), x_TBC[0].numel(), channels, x_TBC.numel() // (steps * channels),
-        x_TBC.stride(2), BACKWARD=True, BLOCK=BLOCK,
+    sums_T2C, size = _sums(x_TBC, g_TBC, mean_TC), x_TBC.numel() // steps
+    g_x_TBC = new_steps(x_TBC, x_TBC.dtype)
+    _normalized[(*_grid(size), steps)](
+        x_TBC, g_TBC, weight, None, mean_TC, invstd_TC, sums_T2C, g_x_TBC, size, channels,
+        float(size // channels), _step(x_TBC), _step(g_TBC), x_TBC.stride(2), BACKWARD=True,
+        BLOCK=BLOCK,
     )  # fmt: skip
-    dtype = weight.dtype
-    return g_x_TBC, products_TC.sum(0, dtype=dtype), sums_TC.sum(0, dtype=dtype)
+    g_bias_TC, products_TC = sums_T2C.unbind(1)
+    g_weight = (products_TC * invstd_TC).sum(0, dtype=weight.dtype)
+    return g_x_TBC, g_weight, g_bias_TC.sum(0, dtype=weight.dtype)
 
 
-def _sum_steps(
-    x_TBC: Tensor,
-    g_TBC: Tensor | None,
-    mean_TC: Tensor | None,
-    invstd_TC: Tensor | None,
-    first_TC: Tensor,
-    second_TC: Tensor,
-    eps: float,
-) -> None:
+def _sums(x_TBC: Tensor, g_TBC: Tensor | None, mean_TC: Tensor | None) -> Tensor:
+    """The two sums of `_norm_sums` for each time step and channel, `[T, 2, C]`."""
     steps, batch, channels = x_TBC.shape[:3]
     pixels = x_TBC.numel() // (steps * batch * channels)
     channels_last = x_TBC.stride(2) == 1 and pixels > 1
     width = 32 if x_TBC.stride(2) == 1 else 1  # channels that lie side by side in memory
-    _norm_sums[(triton.cdiv(channels, width), steps)](
-        x_TBC, g_TBC, mean_TC, invstd_TC, first_TC, second_TC, batch * pixels, pixels, channels,
-        eps, x_TBC.stride(0), x_TBC.stride(1), x_TBC.stride(2), channels if channels_last else 1,
-        BACKWARD=g_TBC is not None, ROWS=4096 // (4 * width), CHANNELS=width,
+    rows, blocks = 1024 // width, -(-channels // width)
+    # Channels alone give too few programs for a GPU. The parts are the same on each GPU, so that
+    # the rounding is.
+    parts = min(-(-batch * pixels // (4 * rows)), -(-PROGRAMS // (blocks * steps)))
+    sums = torch.empty(parts, steps, 2, channels, dtype=torch.float32, device=x_TBC.device)
+    _norm_sums[(blocks, steps, parts)](
+        x_TBC, g_TBC, mean_TC, sums, batch * pixels, pixels, channels, _step(x_TBC),
+        0 if g_TBC is None else _step(g_TBC), x_TBC.stride(1), x_TBC.stride(2),
+        channels if channels_last else 1, BACKWARD=g_TBC is not None, ROWS=rows, CHANNELS=width,
     )  # fmt: skip
+    return sums.sum(0)
 
 
-@triton.jit
+@_jit
 def _pack(x, bits, count, BLOCK: tl.constexpr):
     k = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     j = tl.arange(0, 8)
@@ -485,7 +455,7 @@ def _pack(x, bits, count, BLOCK: tl.constexpr):
     tl.store(bits + k, tl.sum(is_set.to(tl.int32) << j[None, :], 1).to(tl.uint8), k * 8 < count)
 
 
-@triton.jit
+@_jit
 def _unpack(bits, x, height, count, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < count
@@ -496,10 +466,10 @@ def _unpack(bits, x, height, count, BLOCK: tl.constexpr):
 def pack_spikes(x: Tensor) -> Tensor:
     """`pack` of `packing.py`."""
     bits = torch.empty(-(-x.numel() // 8), dtype=torch.uint8, device=x.device)
-    _pack[(triton.cdiv(len(bits), 128),)](x, bits, x.numel(), BLOCK=128)  # type: ignore[arg-type]
+    _pack[(triton.cdiv(len(bits), 128),)](x, bits, x.numel(), BLOCK=128)
     return bits
 
 
 def unpack_spikes(bits: Tensor, x: Tensor, height: float) -> None:
     """`unpack` of `packing.py`."""
-    _unpack[_grid(x.numel())](bits, x, height, x.numel(), BLOCK=BLOCK)  # type: ignore[arg-type]
+    _unpack[_grid(x.numel())](bits, x, height, x.numel(), BLOCK=BLOCK)

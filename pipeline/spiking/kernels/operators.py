@@ -11,7 +11,7 @@ steps that are dense in memory and follow one another, or one step for a static 
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -34,6 +34,12 @@ def has_kernels(x: Tensor) -> bool:
     if x.dtype not in _DTYPES or (x.is_cuda and x.dtype == torch.float64):
         return False
     return isinstance(x, FakeTensor) or x.is_meta or _is_installed(_PACKAGES.get(x.device.type))
+
+
+def kernels_of(device: torch.device) -> str:
+    """The package of the kernels for a device; "eager": there are none, and torch computes."""
+    package = _PACKAGES.get(device.type)
+    return package if package is not None and _is_installed(package) else "eager"
 
 
 @cache
@@ -61,7 +67,14 @@ def kernel(name: str, x: Tensor) -> Callable[..., Any]:
 
 
 def _function(name: str, device: str) -> Callable[..., Any]:
-    return getattr(_import(f"pipeline.spiking.kernels.{device}"), name)
+    function = getattr(_import(f"pipeline.spiking.kernels.{device}"), name)
+    return function if device == "cpu" else partial(_on_its_gpu, function)
+
+
+def _on_its_gpu(function: Callable[..., Any], *args: Any) -> Any:
+    """Call with the GPU of the tensors as the current one, on which Triton launches kernels."""
+    with torch.cuda.device_of(next(each for each in args if each is not None)):
+        return function(*args)
 
 
 # --------------------------------------------------------------------------------- order of memory

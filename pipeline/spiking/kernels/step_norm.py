@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.core.checks import require
 from pipeline.spiking.kernels.operators import (
     define,
     dense,
@@ -32,7 +33,15 @@ def step_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """y; the running statistics are updated in place."""
+    """y; the running statistics are updated in place.
+
+    Raises: ValueError if a time step has only one value per channel: it has no variance.
+    """
+    require(
+        x_TBC.numel() > len(x_TBC) * len(weight),
+        "BatchNorm: a time step must have more than one value per channel in training; got shape"
+        f" {tuple(x_TBC.shape)}",
+    )
     return _StepNorm.apply(  # type: ignore[return-value]
         dense(x_TBC), weight, bias, running_mean, running_var, momentum, eps
     )

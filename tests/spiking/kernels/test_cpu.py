@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.spiking.encode import repeat
 from pipeline.spiking.kernels import cpu, operators, packing
 from pipeline.spiking.kernels.scaled_add import scaled_add
 from pipeline.spiking.neuron import LIF
@@ -15,10 +14,9 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, RateLIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.surrogate import ATan
-from tests.helpers.kernel_cases import cases, distance, outcome
+from tests.helpers.kernel_cases import ORDERS, assert_eagers, cases, distance, ran
 
 CASES = list(cases())
-# Gradients of a decay are sums, so their rounding grows with the number of terms.
 BOUNDS = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
@@ -34,41 +32,7 @@ def test_spikes_have_the_same_bits_and_gradients_their_rounding(neuron, dtype):
         if case.neuron == neuron:
             x_TB = (torch.randn(case.steps, 3, 701) * 1.5 + 0.5).to(dtype)
             g_TB = torch.randn(case.steps, 3, 701).to(dtype)
-            spikes, v_B, g_x_TB, *g_decay = outcome(case, "auto", x_TB, g_TB)
-            eager_spikes, eager_v_B, eager_g_x_TB, *eager_g_decay = outcome(
-                case, "eager", x_TB, g_TB
-            )
-            assert torch.equal(spikes, eager_spikes) and torch.equal(v_B, eager_v_B), case
-            assert distance(g_x_TB, eager_g_x_TB) <= BOUNDS[dtype], case
-            for one, other in zip(g_decay, eager_g_decay, strict=True):
-                assert abs(float(one - other)) <= 1e-5 * float(g_TB.float().abs().sum()), case
-
-
-def ran(x_TB: Tensor, kernel: str = "auto", lif: LIF | None = None) -> tuple[Tensor, Tensor]:
-    """Spikes and the gradient of their sum, weighted by time."""
-    lif = LIF(0.4, surrogate=ATan(2.0), kernel=kernel) if lif is None else lif  # type: ignore[arg-type]
-    x_TB = x_TB.detach().requires_grad_()
-    with fresh_state(lif):
-        s_TB = lif(x_TB)
-    weights_T = torch.arange(1.0, len(x_TB) + 1).view(-1, *[1] * (x_TB.dim() - 1))
-    return s_TB.detach(), torch.autograd.grad((s_TB * weights_T).sum(), x_TB)[0]
-
-
-ORDERS = {
-    "static": lambda: repeat(torch.randn(4, 3, 6, 6) * 2, 3),
-    "channels last": lambda: (
-        torch.randn(12, 3, 6, 6)
-        .mul_(2)
-        .contiguous(memory_format=torch.channels_last)
-        .unflatten(0, (3, 4))
-    ),
-    "static, channels last": lambda: repeat(
-        torch.randn(4, 3, 6, 6).mul_(2).contiguous(memory_format=torch.channels_last), 3
-    ),
-    "batch first": lambda: torch.randn(4, 3, 5).mul_(2).transpose(0, 1),
-    "every second": lambda: torch.randn(3, 4, 10).mul_(2)[..., ::2],
-    "no neuron": lambda: torch.randn(3, 0, 5),
-}
+            assert_eagers(case, x_TB, g_TB, BOUNDS[dtype])
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -173,6 +137,11 @@ def test_a_norm_of_each_step_is_torchs(
     for one, other in zip(*found, strict=True):
         assert distance(one, other) < (1e-2 if dtype == torch.bfloat16 else 1e-5)
     assert all(map(torch.equal, found[0][:3], found[1][:3])) or order == "channels last"
+
+
+def test_one_value_per_channel_has_no_variance():
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        BatchNorm(3)(torch.randn(2, 1, 3))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

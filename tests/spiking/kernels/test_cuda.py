@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
+import torch
 
-pytest.importorskip("triton")
+from pipeline.spiking.kernels import operators
 
 
 @pytest.mark.parametrize(
@@ -28,8 +31,23 @@ def test_compiled_for_an_h100_all_values_are_in_registers(tmp_path: Path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     ran = subprocess.run(words, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    lines = ran.stdout.splitlines()
-    assert len(lines) == 18
-    for line in lines:
-        registers, stack, local = map(int, line.split(": ")[1].split())
-        assert registers <= 128 and stack == local == 0, line
+    names, numbers = zip(*(line.split(": ") for line in ran.stdout.splitlines()), strict=True)
+    assert len(names) > 70 and len(set(names)) == 9
+    for name, (registers, stack, local) in zip(names, map(str.split, numbers), strict=True):
+        assert int(registers) <= 128 and stack == local == "0", name
+
+
+def test_a_launch_has_the_gpu_of_its_tensors_as_the_current_one(monkeypatch: pytest.MonkeyPatch):
+    """Triton launches on the current GPU, wherever the tensors are."""
+    current, x = [0], Mock(spec=torch.Tensor, is_cuda=True, get_device=lambda: 1)
+
+    def exchange(index: int) -> int:
+        before, current[0] = current[0], index
+        return before
+
+    monkeypatch.setattr(torch.cuda, "_exchange_device", exchange)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", exchange)
+    kernels = SimpleNamespace(lif_backward=lambda *args: (current[0], args))
+    monkeypatch.setattr(operators, "_import", lambda module: kernels)
+    assert operators._function("lif_backward", "cuda")(None, x) == (1, (None, x))
+    assert current == [0]
