@@ -120,7 +120,7 @@ def _print_accuracy(
 ) -> None:
 
     console, steps, device = new_console(), time_steps or recipe.time_steps, device_here()
-    tasks = tasks_of(recipe)
+    tasks = tasks_of(recipe, device=device)
     tasks[0].choose_head(network)
     check_network(network, recipe, tasks[0].data)
     move_network(network, device)

@@ -56,7 +56,7 @@ from pipeline.spiking.dropout import DropPath
 from pipeline.spiking.kernels.scaled_add import scaled_add
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.synapse import Conv2d, apply_folded
+from pipeline.spiking.synapse import Conv2d
 
 Shortcut = Literal["post_activation", "sew", "sew_multiple", "membrane", "multiple", "multiple_all"]
 Norm = Literal["batch", "sws"]
@@ -370,8 +370,8 @@ class Residual(nn.Module):
         shortcut = self.shortcut(h if self.shortcut_of == "first" else x_TBCHW)
         branch = self.drop_path(self.branch(h))
         if self.skip_gain is None or self.alpha is None:
-            # The branch comes first, because a sum has the memory order of its first term, and
-            # `GroupMean` is contiguous.
+            # The branch comes first, because a sum has the memory order of its first term, and the
+            # results of `Repeat` and `GroupMean` are contiguous.
             return self.last(branch + shortcut)
         return self.last(scaled_add(shortcut, branch, self.skip_gain, self.alpha))
 
@@ -384,8 +384,7 @@ class Repeat(nn.Module):
         self.times = times
 
     def forward(self, x_TBC: Tensor) -> Tensor:
-        # Folded, because torch keeps the memory order of images when it joins them.
-        return apply_folded(lambda x_NC: torch.cat([x_NC] * self.times, dim=1), x_TBC)
+        return torch.cat([x_TBC] * self.times, dim=2)
 
 
 class GroupMean(nn.Module):

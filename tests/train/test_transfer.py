@@ -6,8 +6,11 @@ The functions that need no CUDA stream run here on the CPU; tests/gpu has the wh
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -19,22 +22,29 @@ from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.data.mixing import Mixing
 from pipeline.models.nf_resnet import NFResNet
 from pipeline.models.qkformer import QKFormer
+from pipeline.recipe.recipe import Evaluation, Policy
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import to_time_first
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
+from pipeline.spiking.synapse import Conv2d
+from pipeline.train import evaluation, trainer, transfer
 from pipeline.train.checkpoint import weights_of
 from pipeline.train.guards.rank_checks import fingerprint
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.transfer import (
+    Arriving,
     arriving,
     channels_last,
+    look_up,
     one_ahead,
     use_channels_last,
 )
+from tests.helpers.families import RESNETS, STREAMS, small_qkformer
 from tests.helpers.loaders import read
 from tests.helpers.rule_networks import gradients
+from tests.helpers.small import finished, goes_on, same_weights, small_recipe
 
 CPU, LAST = torch.device("cpu"), torch.channels_last
 TRAIN: dict[str, Any] = {"seed": 5, "rank": 0, "world": 1, "batch_size": 12, "micro_batch": 12}
@@ -72,6 +82,56 @@ def test_a_cpu_takes_nothing_ahead_and_copies_nothing() -> None:
     assert next(source).arrive() is batches[0] and len(taken) == 1
     assert [each.arrive() for each in source] == batches[1:]
     assert threading.active_count() == threads
+
+
+def test_the_card_waits_for_a_copy_and_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of the calls to CUDA; tests/gpu has their effect."""
+    calls: list[str] = []
+    side, compute = MagicMock(name="side", device=CPU), MagicMock(name="compute")
+    event = MagicMock()
+    event.record.side_effect = lambda stream: calls.append(f"record on {stream._mock_name}")
+    compute.wait_event.side_effect = lambda waited: calls.append(f"wait {waited is event}")
+    within = MagicMock()
+    within.__enter__.side_effect = lambda: calls.append("enter")
+    within.__exit__.side_effect = lambda *_: calls.append("exit")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: within if stream is side else None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+    keep = lambda tensor, stream: calls.append(f"{tensor.dtype} for {stream._mock_name}")
+    monkeypatch.setattr(Tensor, "record_stream", keep)
+    move = Tensor.to
+    monkeypatch.setattr(Tensor, "to", lambda *a, **how: calls.append("copy") or move(*a, **how))
+    monkeypatch.setattr(transfer, "look_up", lambda *_: calls.append("look up") or torch.zeros(1))
+
+    level_B, target_B = torch.zeros(2, 1, 3, 3, dtype=torch.uint8), torch.zeros(2).long()
+    batch = Batch(level_B, target_B, target_B, torch.zeros(1, 256))
+    source = arriving(iter([batch]), torch.device("cuda"))
+    arrived = next(source).arrive()
+    assert calls == [
+        *("enter", "copy", "copy", "copy", "record on side", "exit", "wait True"),
+        *(f"torch.{name} for compute" for name in ("uint8", "int64", "float32")),
+        "look up",
+    ]
+    assert arrived.table is None and arrived.index is target_B
+
+
+def test_a_run_that_takes_one_ahead_trains_on_the_same_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a batch is skipped, an epoch is resumed in its middle, and a set is evaluated in
+    part. As on a card, without its stream.
+    """
+    recipe = small_recipe(
+        micro_batch=4, policy=Policy(skip=((3, 4),)), evaluation=Evaluation(samples=10)
+    )
+    plain = finished(tmp_path / "plain", recipe)
+    ahead = lambda batches, device: one_ahead(map(Arriving, batches))
+    for module in (trainer, evaluation):
+        monkeypatch.setattr(module, "arriving", ahead)
+    whole, _ = goes_on(tmp_path, recipe)
+    assert same_weights(tmp_path / "plain", tmp_path / "whole")
+    assert whole["top1"] == plain["top1"]
 
 
 # ---------------------------------------------------------------------------------- channels last
@@ -149,6 +209,33 @@ def test_every_convolution_is_channels_last_and_computes_the_same(name: str, rul
     assert counted.forward[0] == 0 and counted.forward[1] >= (1 + calls) * (layers - 1)
     # The stem's gradient is a sum over repeated frames, which torch makes contiguous.
     assert counted.backward[0] <= 1 and counted.backward[1] >= calls * (layers - 1)
+
+
+STREAMS_BY_NAME = {
+    f"qkformer, {shortcut}, {norm}": partial(small_qkformer, shortcut, norm)
+    for shortcut, norm in STREAMS
+}
+
+
+@pytest.mark.parametrize("name", [*RESNETS, *STREAMS_BY_NAME])
+def test_no_kind_of_block_breaks_the_order(name: str) -> None:
+    network = (RESNETS | STREAMS_BY_NAME)[name]()
+    use_channels_last(network)
+    x_TB = to_time_first(channels_last(torch.rand(2, 3, 32, 32)), 2)
+    with Convolutions() as counted, torch.no_grad(), fresh_state(network):
+        network(x_TB)
+    layers = sum(isinstance(module, Conv2d) for module in network.modules())
+    assert counted.forward == [0, layers]
+
+
+def test_images_of_one_channel_are_channels_last_for_torch_too() -> None:
+    """With one channel both orders have the same bytes; torch goes by the strides."""
+    plain, conv, x_B = nn.Conv2d(1, 3, 3), nn.Conv2d(1, 3, 3), torch.rand(2, 1, 6, 5)
+    use_channels_last(conv)
+    assert plain(x_B).is_contiguous() and is_channels_last(conv(x_B))
+    table, level_B = torch.rand(1, 256), torch.zeros(2, 1, 6, 5, dtype=torch.uint8)
+    images = channels_last(x_B), look_up(level_B, table), channels_last(x_B[:, None])[:, 0]
+    assert all(is_channels_last(plain(each)) for each in images)
 
 
 def test_steps_of_recordings_have_their_channels_last() -> None:
