@@ -17,6 +17,7 @@ __all__ = [
     "DataError",
     "Loader",
     "LoaderError",
+    "with_levels",
     "with_page_checks",
 ]
 
@@ -25,9 +26,13 @@ __all__ = [
 class Batch:
     """One micro-batch of one rank. It owns its memory, so later batches do not overwrite it."""
 
-    x: Tensor  # float32: normalised images [B,C,H,W], or recordings [B,T,C,H,W]
+    # float32: normalised images [B,C,H,W], or recordings [B,T,C,H,W]; or, with a table, the levels
+    # of images, uint8 [B,C,H,W]
+    x: Tensor
     target: Tensor  # int64 [B]
     index: Tensor  # int64 [B], positions of the samples in the file
+    # float32 [C,256]: the normalised value of each level of a channel; None: `x` is float32
+    table: Tensor | None = None
 
 
 @runtime_checkable
@@ -127,3 +132,17 @@ def with_page_checks(data: Data, one_in: int) -> Data:
     """
     method = getattr(data, "with_page_checks", None)
     return data if method is None else method(one_in)
+
+
+def with_levels(data: Data) -> Data:
+    """The same data. Where it can, it leaves the lookup of normalised values to the consumer.
+
+    Levels are a quarter of the bytes of floats. These batches have floats nevertheless:
+
+        Beton with `erase`   the noise of an erased rectangle is no level
+        Events               sums of counts have no bound
+        Synthetic            draws floats
+        other data           has no method `with_levels`, and is returned unchanged
+    """
+    method = getattr(data, "with_levels", None)
+    return data if method is None else method()

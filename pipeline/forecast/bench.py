@@ -23,7 +23,7 @@ from torch import Tensor, distributed, nn
 
 from pipeline.core.torch_settings import compute_in, configure_torch, release_freed_memory
 from pipeline.core.units import counted, first_few
-from pipeline.data.base import DataError, Loader
+from pipeline.data.base import Batch, DataError, Loader
 from pipeline.measure.clock import charge_collectives, seconds_of
 from pipeline.measure.constants import REST
 from pipeline.measure.gradient_similarity import gradients
@@ -57,6 +57,7 @@ from pipeline.train.part_checks import check_first_batch, check_loader
 from pipeline.train.recovery import Rollback
 from pipeline.train.tasks import tasks_of
 from pipeline.train.teaching import build_teacher
+from pipeline.train.transfer import move_batch, move_network
 from pipeline.train.weights import load_start, weights_file
 
 # T time, B batch
@@ -164,22 +165,24 @@ class Bench:
         compute_in(recipe.precision, device)
         seed_everything(recipe.seed)
         self._set_recipe(recipe, batch_size or recipe.split(1).micro_batch)
-        self.network.to(device)
+        move_network(self.network, device)
         data = tasks_of(recipe)[0].data
         with self.running(recipe.name):
             try:
                 with closing(check_loader(_loader(recipe, self.samples), data, "train")) as loader:
                     batch = check_first_batch(loader, data, "train")
                     assert batch is not None, "a training set has batches"
-                    self._set_batch(batch.x.to(device), batch.target.to(device))
+                    self._set_batch(move_batch(batch, device))
             except DataError:
                 if needs_data:
                     raise
                 draw = torch.Generator().manual_seed(recipe.seed)
-                self._set_batch(
-                    torch.rand(self.samples, *data.shape, generator=draw).to(device),
-                    torch.randint(data.classes, (self.samples,), generator=draw).to(device),
+                batch = Batch(
+                    torch.rand(self.samples, *data.shape, generator=draw),
+                    torch.randint(data.classes, (self.samples,), generator=draw),
+                    torch.arange(self.samples),
                 )
+                self._set_batch(move_batch(batch, device))
 
     def _set_recipe(self, recipe: Recipe, samples: int) -> None:
         if recipe.teacher is not None:
@@ -192,9 +195,9 @@ class Bench:
         if self.recipe.init is not None:
             load_start(self.network, weights_file(Path(self.recipe.init)))
 
-    def _set_batch(self, x_B: Tensor, target_B: Tensor) -> None:
-        self.x_B, self.target_B = x_B, target_B
-        self.x_TB = to_time_first(x_B, self.recipe.time_steps)
+    def _set_batch(self, batch: Batch) -> None:
+        self.x_B, self.target_B = batch.x, batch.target
+        self.x_TB = to_time_first(batch.x, self.recipe.time_steps)
 
     @property
     def batch_bytes(self) -> int:

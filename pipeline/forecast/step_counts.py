@@ -38,6 +38,7 @@ from torch.utils.flop_counter import flop_registry
 
 from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
+from pipeline.data.base import Batch
 from pipeline.forecast.bench import Bench, RuleBytes, bytes_of_batch, step_inputs
 from pipeline.measure.operations import Pausable
 from pipeline.measure.saved_bytes import HeldBytes, held_bytes
@@ -134,8 +135,11 @@ class FakeBench(Bench):
         self._set_recipe(recipe, samples)
         with self.running(recipe.name):
             self._set_batch(
-                torch.empty(samples, *tasks_of(recipe)[0].data.shape),
-                torch.empty(samples, dtype=torch.int64),
+                Batch(
+                    torch.empty(samples, *tasks_of(recipe)[0].data.shape),
+                    torch.empty(samples, dtype=torch.int64),
+                    torch.arange(samples),
+                )
             )
 
     @contextmanager

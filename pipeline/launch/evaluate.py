@@ -32,6 +32,7 @@ from pipeline.train.evaluation import (
 from pipeline.train.export import is_export, load_export
 from pipeline.train.part_checks import check_network
 from pipeline.train.tasks import Loaders, build_data, check_data, tasks_of
+from pipeline.train.transfer import move_network
 from pipeline.train.weights import load_run, load_weights
 
 
@@ -119,10 +120,10 @@ def _print_accuracy(
 ) -> None:
 
     console, steps, device = new_console(), time_steps or recipe.time_steps, device_here()
-    tasks = tasks_of(recipe)
+    tasks = tasks_of(recipe, device=device)
     tasks[0].choose_head(network)
     check_network(network, recipe, tasks[0].data)
-    network.to(device)
+    move_network(network, device)
     loaders, evaluated = Loaders(tasks, recipe, recipe.split(1)), list[EvaluationOutput]()
     energy_counter = EnergyCounter(device)
     for index, task in enumerate(loaders.tasks):

@@ -41,7 +41,7 @@ Zhou et al. 2023 (Spikformer, arXiv 2209.15425); the shortcuts of an attention: 
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from typing import Literal
@@ -53,6 +53,7 @@ from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of, req
 from pipeline.core.tensor_file import describe_mismatch
 from pipeline.models.parts import Pool, StatisticsOver
 from pipeline.models.residual import BlockFactory, Layer, Norm, Shortcut, named_sequential
+from pipeline.spiking.kernels.operators import like_steps
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.surrogate import Sigmoid
@@ -247,26 +248,28 @@ class Attention(nn.Module):
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         h = self.first(x_TBCHW)
         stream = x_TBCHW if self.has_shortcuts else None
-        projected = [
-            projection(h, stream).flatten(3).unflatten(2, (self.heads, -1))
-            for projection in self.projections.values()
-        ]
-        a, s = (each.reshape(x_TBCHW.shape) for each in self._mix(*projected))
+        a, s = self._mix(*(projection(h, stream) for projection in self.projections.values()))
         y = self.project(s)
         return self.last(y + a if self.has_shortcuts else y)
 
-    def _mix(self, *projected_TBhdN: Tensor) -> tuple[Tensor, Tensor]:
+    def _mix(self, *projected_TBCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Map the spikes q, k (and v) to a, and to the spikes that S reads."""
         raise NotImplementedError(f"{type(self).__name__} must override _mix")
+
+    def _in_heads(self, projected_TBCHW: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Views `[T, B, h, d, N]`."""
+        return (each.flatten(3).unflatten(2, (self.heads, -1)) for each in projected_TBCHW)
 
 
 class TokenQK(Attention):
     """A mask over the tokens of k, computed from q."""
 
-    def _mix(self, *projected_TBhdN: Tensor) -> tuple[Tensor, Tensor]:
-        q_TBhdN, k_TBhdN = projected_TBhdN
-        a_TBhdN = self.attention_neuron(q_TBhdN.sum(3, keepdim=True)) * k_TBhdN
-        return a_TBhdN, a_TBhdN
+    def _mix(self, *projected_TBCHW: Tensor) -> tuple[Tensor, Tensor]:
+        q_TBhdN, k_TBhdN = self._in_heads(projected_TBCHW)
+        # k comes first, because the product has the memory order of its first factor.
+        a_TBhdN = k_TBhdN * self.attention_neuron(q_TBhdN.sum(3, keepdim=True))
+        a_TBCHW = a_TBhdN.reshape(projected_TBCHW[0].shape)
+        return a_TBCHW, a_TBCHW
 
 
 class SelfAttention(Attention):
@@ -296,10 +299,13 @@ class SelfAttention(Attention):
             )
             self.last = OverSamples.of(self.last)
 
-    def _mix(self, *projected_TBhdN: Tensor) -> tuple[Tensor, Tensor]:
-        q_TBhdN, k_TBhdN, v_TBhdN = projected_TBhdN
+    def _mix(self, *projected_TBCHW: Tensor) -> tuple[Tensor, Tensor]:
+        q_TBhdN, k_TBhdN, v_TBhdN = self._in_heads(projected_TBCHW)
         a_TBhdN = v_TBhdN @ k_TBhdN.transpose(-1, -2) @ q_TBhdN * SCALE
-        return a_TBhdN, self.attention_neuron(a_TBhdN)
+        # A matrix product is contiguous, also if the channels of its factors are last in memory.
+        q_TBCHW = projected_TBCHW[0]
+        a_TBCHW = like_steps(a_TBhdN.reshape(q_TBCHW.shape), q_TBCHW)
+        return a_TBCHW, self.attention_neuron(a_TBCHW)
 
 
 class OverSamples(LIF):

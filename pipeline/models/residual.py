@@ -370,7 +370,9 @@ class Residual(nn.Module):
         shortcut = self.shortcut(h if self.shortcut_of == "first" else x_TBCHW)
         branch = self.drop_path(self.branch(h))
         if self.skip_gain is None or self.alpha is None:
-            return self.last(shortcut + branch)
+            # The branch comes first, because a sum has the memory order of its first term, and the
+            # results of `Repeat` and `GroupMean` are contiguous.
+            return self.last(branch + shortcut)
         return self.last(scaled_add(shortcut, branch, self.skip_gain, self.alpha))
 
 

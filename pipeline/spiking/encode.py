@@ -5,6 +5,7 @@
 from torch import Tensor
 
 from pipeline.core.checks import refuse_unless_counts, require
+from pipeline.spiking.kernels.operators import dense
 
 
 def to_time_first(x_B: Tensor, steps: int) -> Tensor:
@@ -21,7 +22,7 @@ def to_time_first(x_B: Tensor, steps: int) -> Tensor:
         f"to_time_first: a sample must be an image [C, H, W] or {steps} frames [T, C, H, W]; got"
         f" {tuple(x_B.shape[1:])}",
     )
-    return x_B.transpose(0, 1).contiguous()
+    return dense(x_B.transpose(0, 1))
 
 
 def repeat(x_B: Tensor, steps: int) -> Tensor:

@@ -198,14 +198,17 @@ def _standardized(weight: Tensor, gain: Tensor) -> Tensor:
     # biased, so gain and eps are converted:
     # fan_in unbiased + eps = fan_in^2 / (fan_in - 1) (biased + eps (fan_in - 1) / fan_in^2).
     scale = math.sqrt(fan_in - 1) / fan_in
-    return F.batch_norm(
-        weight.reshape(1, weight.shape[0], fan_in),
+    # The order of memory is kept; channels may come last.
+    in_memory = weight if weight.is_contiguous() else weight.movedim(1, -1)
+    standardized = F.batch_norm(
+        in_memory.reshape(1, weight.shape[0], fan_in),
         None,
         None,
         (gain * scale).flatten(),
         training=True,
         eps=STANDARDIZATION_EPS * scale**2,
-    ).view_as(weight)
+    ).view(in_memory.shape)
+    return standardized if in_memory is weight else standardized.movedim(-1, 1)
 
 
 def is_inside(name: str, modules: Sequence[str]) -> bool:

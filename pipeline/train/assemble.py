@@ -55,6 +55,7 @@ from pipeline.train.job import Job, RankInfo
 from pipeline.train.recovery import Decisions
 from pipeline.train.tasks import Loaders, build_data, check_data, tasks_of
 from pipeline.train.teaching import Teaching, open_teaching
+from pipeline.train.transfer import move_batch, move_network
 from pipeline.train.weights import load_start, weights_file
 
 T_ = TypeVar("T_")
@@ -281,14 +282,14 @@ def _build_local_parts(
     process: Process, recipe: Recipe, world: World, *, is_fresh: bool
 ) -> tuple[Recipe, nn.Module, Rule, Loaders]:
     job, device, sizes = process.job, process.ranks.device, process.rank_info.possible_sizes
-    tasks = tasks_of(recipe, one_in=ONE_IN[job.verify])
+    tasks = tasks_of(recipe, one_in=ONE_IN[job.verify], device=device)
     seed_everything(recipe.seed)
     network = build_network(recipe, tasks)
     if recipe.init is not None and is_fresh:
         file = weights_file(Path(recipe.init))
         not_loaded = load_start(network, file)
         process.tracker.write(events.Init(file=str(file), fresh=[*not_loaded]))
-    network.to(device)
+    move_network(network, device)
     rule = attach_rule(recipe, network, world)
     recipe = fit_to_sizes(recipe, network, rule, sizes)
     if is_fresh and rule.calibration_batches:
@@ -302,7 +303,7 @@ def _build_local_parts(
             rule.calibrate(
                 network,
                 [
-                    to_time_first(batch.x.to(device), recipe.time_steps)
+                    to_time_first(move_batch(batch, device).x, recipe.time_steps)
                     for batch in itertools.islice(batches, rule.calibration_batches)
                 ],
             )
@@ -337,12 +338,12 @@ def _build_fidelity(
     if recipe.evaluation.fidelity_every == 0 or world.rank:
         return None  # the other ranks wait for rank 0 in their next collective
     with closing(loaders.train(0)) as loader, loader.epoch(0) as batches:
-        batch = next(iter(batches))
+        batch = move_batch(next(iter(batches)), device)
     return partial(
         compare_gradients,
         recipe,
-        lambda: build_network(recipe, loaders.tasks).to(device),
+        lambda: move_network(build_network(recipe, loaders.tasks), device),
         recipe.objective.build().labels,
-        to_time_first(batch.x.to(device), recipe.time_steps),
-        batch.target.to(device),
+        to_time_first(batch.x, recipe.time_steps),
+        batch.target,
     )

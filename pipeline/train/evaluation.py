@@ -36,6 +36,7 @@ from pipeline.spiking.slice_cache import slice_cache
 from pipeline.spiking.state import fresh_state
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.objective import Loss, to_fp32
+from pipeline.train.transfer import Arriving, arriving
 
 if TYPE_CHECKING:
     from pipeline.train.assemble import TrainContext
@@ -260,18 +261,14 @@ def evaluation_batches(
     """
     remaining = None if max_samples is None else len(range(ranks.rank, max_samples, ranks.size))
     with loader.epoch(epoch) as batches:
-        for batch in batches:
+        for batch in map(Arriving.arrive, arriving(batches, ranks.device)):
             x_B, target_B, index_B = (
                 tensor[:remaining] for tensor in (batch.x, batch.target, batch.index)
             )
             if remaining is not None:
                 remaining -= len(target_B)
             if len(target_B):
-                yield (
-                    to_time_first(x_B.to(ranks.device, non_blocking=True), time_steps),
-                    target_B.to(ranks.device, non_blocking=True),
-                    index_B,
-                )
+                yield to_time_first(x_B, time_steps), target_B, index_B
             if remaining == 0:
                 return
 

@@ -119,9 +119,10 @@ def check_first_batch(loader: Loader, data: Data, method: str) -> Batch | None:
         f"{subject} must be a pipeline.data.base.Batch; got {type(batch).__name__}",
     )
     samples = len(batch.target) if isinstance(batch.target, Tensor) and batch.target.dim() else 0
+    x_dtype = torch.float32 if batch.table is None else torch.uint8
     for name, dtype, shape in (
         ("target", torch.int64, ()),
-        ("x", torch.float32, tuple(data.shape)),
+        ("x", x_dtype, tuple(data.shape)),
         ("index", torch.int64, ()),
     ):
         value = getattr(batch, name)

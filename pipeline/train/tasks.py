@@ -7,10 +7,11 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from pipeline.core.checks import require
-from pipeline.data.base import Data, Loader, with_page_checks
+from pipeline.data.base import Data, Loader, with_levels, with_page_checks
 from pipeline.models.transforms import MultiHead, select_head
 from pipeline.recipe.json import dotted, is_trusted
 from pipeline.recipe.recipe import TRUSTED, Recipe, Split
@@ -39,19 +40,27 @@ class Task:
             )
 
 
-def tasks_of(recipe: Recipe, *, one_in: int = 0) -> tuple[Task, ...]:
-    """The tasks in training order. Opens no file. `one_in`: see `data.base.with_page_checks`.
+def tasks_of(
+    recipe: Recipe, *, one_in: int = 0, device: torch.device = torch.device("cpu")
+) -> tuple[Task, ...]:
+    """The tasks in training order. Opens no file.
+
+    Args:
+        one_in: see `data.base.with_page_checks`.
+        device: of the network. Batches for a GPU have levels where they can
+            (`data.base.with_levels`).
 
     Raises:
         ValueError: a task's data does not implement `pipeline.data.base.Data`.
     """
     data = with_page_checks(build_data(recipe), one_in)
+    leave_lookup = with_levels if device.type == "cuda" else lambda data: data
     if not recipe.phases:
-        return (Task(name=recipe.name, data=data, epochs=recipe.epochs),)
+        return (Task(name=recipe.name, data=leave_lookup(data), epochs=recipe.epochs),)
     return tuple(
         Task(
             name=phase.name,
-            data=check_data_members(phase.data.build(data), phase.data),
+            data=leave_lookup(check_data_members(phase.data.build(data), phase.data)),
             epochs=phase.epochs or recipe.epochs,
             head=phase.head,
         )

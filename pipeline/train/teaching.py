@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,6 +36,7 @@ from pipeline.train.backend.collectives import Ranks
 from pipeline.train.evaluation import Evaluation, evaluate, evaluation_batches
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.part_checks import build_part, require_members
+from pipeline.train.transfer import move_batch
 
 FEATURE_BATCH = 32  # images whose features are computed at a time
 
@@ -192,9 +193,9 @@ def _fit_head(
 
         views = itertools.islice(samples(), probe.views or loader.samples)
         while chunk := list(itertools.islice(views, FEATURE_BATCH)):
-            features.append(
-                teacher.features(torch.cat([each.x for each in chunk]).to(device)).cpu()
-            )
+            x_C = torch.cat([each.x for each in chunk])
+            batch = move_batch(replace(chunk[0], x=x_C), device)
+            features.append(teacher.features(batch.x).cpu())
             targets.append(torch.cat([each.target for each in chunk]))
     features_ND, target_N = torch.cat(features), torch.cat(targets)
     head = probe.fit(features_ND, target_N, data.classes)

@@ -40,6 +40,7 @@ from pipeline.train.loop import MicroBatch, train_batch
 from pipeline.train.metadata import hardware_of, rule_metrics, start_event, summary_of
 from pipeline.train.recovery import Rollback
 from pipeline.train.tasks import TaskResults
+from pipeline.train.transfer import Arriving, arriving
 
 # A wait for data is reported if its share of the time of steady batches is above
 # MAX_DATA_WAIT_SHARE. The share is known after MIN_STEADY_BATCHES steady batches.
@@ -155,7 +156,7 @@ class Trainer:
                 end = stretch.epoch_end(epoch)
                 start = (self.step - stretch.epoch_start(epoch)) * self.recipe.batch_size
                 with train_set.epoch(epoch, start=start) as loader:
-                    source = iter(loader)
+                    source = arriving(loader, self.ranks.device)
                     while self.step < end:
                         self._train_batch(source)
                         self.step += 1
@@ -182,7 +183,7 @@ class Trainer:
                 )
             )
 
-    def _train_batch(self, source: Iterator[Any]) -> None:
+    def _train_batch(self, source: Iterator[Arriving]) -> None:
         skipped = (*self.recipe.policy.skip, *self.context.decisions.skipped)
         if any(first <= self.step < end for first, end in skipped):
             for _ in range(self.context.split.accumulation):
@@ -208,17 +209,17 @@ class Trainer:
             self.tracker.write(events.FirstBatch(step=self.step + 1, startup_s=startup_s))
             self.restored_between_s = None
 
-    def _micro_batches(self, source: Iterator[Any]) -> Iterator[MicroBatch]:
+    def _micro_batches(self, source: Iterator[Arriving]) -> Iterator[MicroBatch]:
         """This rank's micro-batches of the next global batch, on the device. Mixing, encoding over
         time and the teacher have been applied.
         """
         context, recipe, split = self.context, self.recipe, self.context.split
         for index in range(split.accumulation):
             with self.meters.part("data_wait"):
-                batch = next(source)
+                arriving_batch = next(source)
             with self.meters.part("transfer"):
-                x_B = batch.x.to(self.ranks.device, non_blocking=True)
-                target_B = batch.target.to(self.ranks.device, non_blocking=True)
+                batch = arriving_batch.arrive()
+                x_B, target_B = batch.x, batch.target
                 first = (index * split.workers + self.ranks.rank) * split.micro_batch
                 seed_micro_batch(recipe.seed, step=self.step, first_row=first)
                 rows = range(first, first + split.micro_batch)

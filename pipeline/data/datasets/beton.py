@@ -1,7 +1,8 @@
 """Image data sets in files: train.beton and val.beton of a folder."""
 
+import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 
@@ -95,6 +96,12 @@ class Beton(FileData):
             )
         self.area, self.ratio = area or (0.08, 1.0), ratio or (3 / 4, 4 / 3)
         self.reach = 4 if reach is None else reach
+        self._has_levels = False
+
+    def with_levels(self) -> Self:
+        data = copy.copy(self)
+        data._has_levels = not self.erase
+        return data
 
     def _loader(self, *arguments: Any, **options: Any) -> Any:
         loader = super()._loader(*arguments, **options)
@@ -131,5 +138,6 @@ class Beton(FileData):
             strong=self.colour > 0 or self.erase > 0,
             mean=self.mean,
             std=self.std,
+            has_levels=self._has_levels,
             parallel=parallel,
         )

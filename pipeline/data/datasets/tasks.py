@@ -18,13 +18,16 @@ import torch
 
 from pipeline.core.errors import require_data
 from pipeline.core.random import bits
-from pipeline.data.base import Batch, Data, Loader, with_page_checks
+from pipeline.data.base import Batch, Data, Loader, with_levels, with_page_checks
 
 _PIXELS = 80  # the number of the draw that orders the pixels
 
 
 class _Task:
-    """A data set derived from another; `_change` maps each batch of the other."""
+    """A data set derived from another; `_change` maps each batch of the other.
+
+    `_change` computes no values of `Batch.x`, which may be levels.
+    """
 
     data: Data
     _change: Callable[[Batch], Batch]
@@ -34,6 +37,9 @@ class _Task:
 
     def with_page_checks(self, one_in: int) -> Self:
         return self._with_data(with_page_checks(self.data, one_in))
+
+    def with_levels(self) -> Self:
+        return self._with_data(with_levels(self.data))
 
     def train(self, **sizes: Any) -> Loader:
         return MappedLoader(self.data.train(**sizes), self._change)

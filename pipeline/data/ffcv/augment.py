@@ -2,6 +2,8 @@
 
     decode, crop, recolour (strong_augment.py), mirror, normalise, erase (strong_augment.py)
 
+With `has_levels` the loop writes the levels, uint8, in place of their normalised values.
+
 Each random number is a pure function of (seed, epoch, view number, sample, draw). A view is
 therefore the same, bit for bit, in any thread, batch, rank and process. The loop is compiled
 without fastmath. Ratios come from a table, because `exp` depends on the machine's libm.
@@ -47,7 +49,7 @@ resize: Any = njit(nogil=True)(resize_crop)
 
 
 class DecodeImages(Decoder):
-    """Decodes images to float32 [B,C,S,S]. The status is that of the JPEG decoder.
+    """Decodes images to [B,C,S,S]. The status is that of the JPEG decoder.
 
     Args:
         kind: RESIZED, CENTRE or WINDOW.
@@ -58,6 +60,7 @@ class DecodeImages(Decoder):
         colour, erase: as in `Beton`.
         strong: compile the functions of `colour` and `erase`. If training needs them, evaluation
             needs them too, because it uses the same loop with `colour` and `erase` at 0.
+        has_levels: see `pipeline.data.base.Batch`.
     """
 
     def __init__(
@@ -75,9 +78,12 @@ class DecodeImages(Decoder):
         strong: bool = False,
         mean: tuple[float, ...],
         std: tuple[float, ...],
+        has_levels: bool = False,
         parallel: bool,
     ) -> None:
-        assert strong or colour == erase == 0
+        assert (strong or colour == erase == 0) and not (has_levels and erase)
+        table = level_table(mean, std)
+        levels = np.tile(np.arange(256, dtype=np.uint8), (channels, 1))
         super().__init__(
             name=Images.name,
             what="the JPEG",
@@ -88,11 +94,12 @@ class DecodeImages(Decoder):
                 np.array([kind, reach, int(flip)], np.int64),
                 np.array(area, np.float64),
                 ratio_table(ratio),
-                level_table(mean, std),
+                levels if has_levels else table,
                 np.array([colour, erase], np.float64),
                 ratio_table(strong_augment.RATIO),
                 normal_table(),
             ),
+            table=table if has_levels else None,
             parallel=parallel,
         )
 
@@ -168,7 +175,7 @@ def crop_image(pixels_hw3, side, options, area, ratios, seed, epoch, index):
 
 @compiled
 def write_normalised(out_CSS, pixels_SS3, is_mirrored, table):
-    """Mirror and normalise the pixels of a view into `out_CSS`. `table`: see `level_table`."""
+    """Mirror the pixels of a view into `out_CSS`, and look each level up in `table` [C,256]."""
     channels, side = out_CSS.shape[0], out_CSS.shape[1]
     for y in range(side):
         for x in range(side):

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numba import njit, prange
+from numpy.typing import NDArray
 
 from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, compiled_bits
 from pipeline.data.ffcv.api import AllocationQuery, Operation, State
@@ -22,7 +23,7 @@ _FLIP, _SHIFT_Y, _SHIFT_X = np.uint64(FLIP), np.uint64(SHIFT_Y), np.uint64(SHIFT
 
 
 class Decoder(Operation):
-    """The FFCV operation of a compiled loop: from sample ids to float32 [B, ...].
+    """The FFCV operation of a compiled loop: from sample ids to float32 or uint8 [B, ...].
 
     For each batch that is read ahead, FFCV allocates memory for the output, the pair (seed, epoch)
     and a status per sample. The pair cannot be a variable of a closure, because numba would compile
@@ -34,6 +35,7 @@ class Decoder(Operation):
         shape: the shape of one output sample.
         decode_sample: a compiled function that decodes one sample (see `batch_loop`).
         parameters: the last argument of `decode_sample`.
+        table: the output is uint8, and this is `Batch.table`; None: the output is float32.
         parallel: decode the samples of a batch on numba's threads.
     """
 
@@ -47,14 +49,15 @@ class Decoder(Operation):
         shape: tuple[int, ...],
         decode_sample: Any,
         parameters: Any,
+        table: NDArray[np.float32] | None = None,
         parallel: bool,
     ) -> None:
         super().__init__()
-        self.name, self.what, self.shape = name, what, shape
+        self.name, self.what, self.shape, self.table = name, what, shape, table
         self._decode_batch, self._parameters = batch_loop(decode_sample, parallel), parameters
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
-        dtype = np.dtype(np.float32)
+        dtype = np.dtype(np.float32 if self.table is None else np.uint8)
         return (
             State(jit_mode=True, device=previous_state.device, shape=self.shape, dtype=dtype),
             (

@@ -200,6 +200,7 @@ class _EpochReader(api.epoch_iterator.EpochIterator):
             DataError: a sample cannot be decoded, or a page is damaged.
             LoaderError: reading failed or hung, or the loader was closed.
         """
+        table = self.loader.decode.table
         for first in range(0, len(ids), self.loader.batch_size):
             index_B = ids[first : first + self.loader.batch_size]
             slot, (buffer_B,) = self._wait()
@@ -212,12 +213,18 @@ class _EpochReader(api.epoch_iterator.EpochIterator):
             # FFCV overwrites the slot once the next batch is taken. The copy is pinned if this
             # process computes on a GPU, so that its transfer overlaps with computation. In a CPU
             # process, pinned memory would open a context on an unused GPU.
+            slot_B = torch.from_numpy(buffer_B)
             x_B = torch.empty(
-                buffer_B.shape, dtype=torch.float32, pin_memory=torch.cuda.is_initialized()
+                slot_B.shape, dtype=slot_B.dtype, pin_memory=torch.cuda.is_initialized()
             )
-            x_B.copy_(torch.from_numpy(buffer_B))
+            x_B.copy_(slot_B)
             target_B = np.ascontiguousarray(labels[index_B], np.int64)
-            yield Batch(x_B, torch.from_numpy(target_B), torch.from_numpy(index_B.copy()))
+            yield Batch(
+                x_B,
+                torch.from_numpy(target_B),
+                torch.from_numpy(index_B.copy()),
+                None if table is None else torch.from_numpy(table),
+            )
 
     def close(self) -> None:
         """Stop reading ahead and wait for the thread. A daemon thread that hangs is abandoned."""

@@ -100,6 +100,10 @@ class DeepSpeed(Backend):
             "deepspeed: every parameter must have at least one dimension; got"
             f" {', '.join(scalars)}: use shape (1,)",
         )
+        # 0.19.8 broadcasts the bytes of weights, which must be contiguous.
+        reordered = [p for p in network.parameters() if p.dim() == 4 and not p.is_contiguous()]
+        for p in reordered:
+            p.data = p.data.contiguous()
         self.world_size = distributed.get_world_size()
         base_optimizer = optimizer_of(network)
         self.skips_on_device = fuse(base_optimizer) and not zero
@@ -115,6 +119,9 @@ class DeepSpeed(Backend):
                 clip_norm=clip_norm,
             ),
         )
+        if not zero:  # ZeRO-1 and ZeRO-2 have made them parts of a flat tensor
+            for p in reordered:
+                p.data = p.data.contiguous(memory_format=torch.channels_last)
         # DeepSpeed creates its own process group (0.19.8) with torch's default timeout, 10 minutes
         # under NCCL. With this timeout, a reduction of gradients would fail before the watchdog
         # reports a hung worker.

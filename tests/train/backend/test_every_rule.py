@@ -34,6 +34,7 @@ from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.build import build_optimizer
 from pipeline.train.guards.rank_checks import drifted
 from pipeline.train.loop import MicroBatch
+from pipeline.train.transfer import channels_last, use_channels_last
 from tests.helpers.joint import by_hand, distance, found_alike, learn, sgd, steps
 from tests.helpers.rule_cases import CASES, Case
 from tests.helpers.rule_networks import batch, lif_network
@@ -182,6 +183,8 @@ def test_two_ranks_project_as_one(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------- still images
 
 ROWS = ((0, 5), (5, 8))  # the ranks hold unequal shares
+# of ZeRO, and of the channels in the memory of images and weights
+STILL_CASES = tuple(itertools.product(STAGES, ("channels first", "channels last")))
 RULES: dict[str, Callable[[], Rule]] = {
     "SLTT": SLTT,
     "SLTT-2": lambda: SLTT(k=2, rescale=True),
@@ -207,13 +210,14 @@ def images(step: int) -> tuple[Tensor, Tensor]:
     return repeat(x_BCHW, TIME), torch.randint(5, (BATCH,), generator=draw)
 
 
-def _still_images(rank: int, ranks: int) -> dict[tuple[str, int], float]:
+def _still_images(rank: int, ranks: int) -> dict[tuple[str, int, str], float]:
     """The first layer runs once for all time steps; plain torch gets a recording."""
     found, (first, end) = {}, ROWS[rank]
 
-    def micro_batch(step: int) -> MicroBatch:
+    def micro_batch(step: int, order: str) -> MicroBatch:
         x_TB, target_B = images(step)
-        x_TB = repeat(x_TB[0, first:end], TIME)
+        x_B = x_TB[0, first:end]
+        x_TB = repeat(channels_last(x_B) if order == "channels last" else x_B, TIME)
         return MicroBatch(x_TB, target_B[first:end], range(first, end), (end - first) / BATCH)
 
     for name, rule_of in RULES.items():
@@ -222,18 +226,22 @@ def _still_images(rank: int, ranks: int) -> dict[tuple[str, int], float]:
         recordings = ((step, (x_TB.contiguous(), y_B)) for step, (x_TB, y_B) in steps(images, 2))
         by_hand(rule, expected, sgd(expected, lr=0.2), recordings)
         assert distance(expected, still_network("rank")) > 1e-3
-        for zero in (1, 2):
+        for zero, order in STILL_CASES:
             model, calls, rule = still_network("world"), Counter[str](), rule_of()
+            if order == "channels last":
+                use_channels_last(model)
             rule.attach(model, world=World(seed=7, rank=rank, size=ranks))
             count = lambda *_, calls=calls: calls.update(forward=1)
             model.get_submodule("0.0").register_forward_hook(count)
             backend = DeepSpeed(model, partial(sgd, lr=0.2), micro_batch=4, zero=zero)
-            train(rule, backend, ((step, [micro_batch(step)]) for step in range(2)))
+            train(rule, backend, ((step, [micro_batch(step, order)]) for step in range(2)))
             assert calls == {"forward": 2}, f"the first layer of {name} ran {calls} in two batches"
-            found[name, zero] = distance(model, expected)
+            is_last = not model.get_parameter("2.weight").is_contiguous()
+            assert is_last == (order == "channels last" and zero == 0)
+            found[name, zero, order] = distance(model, expected)
     return found
 
 
 def test_still_images_on_two_ranks_equal_recordings_of_the_joint_batch(tmp_path: Path) -> None:
-    cases = [(name, zero) for name in RULES for zero in (1, 2)]
+    cases = [(name, zero, order) for name in RULES for zero, order in STILL_CASES]
     found_alike(_still_images, tmp_path, cases, ranks=RANKS)
