@@ -52,6 +52,7 @@ from pipeline.train.job import RankInfo
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.schedule import cosine
 from pipeline.train.trainer import Trainer
+from pipeline.train.transfer import arriving
 from pipeline.train.worker import run
 
 T, BATCH, PIXELS, CLASSES = 2, 8, 16, 10
@@ -131,7 +132,7 @@ class InTurn(Trainer):
             "beside": self._beside,
         }
         with closing(self.context.loaders.train(0)) as train_set, train_set.epoch(0) as loader:
-            self.source = iter(loader)
+            self.source = arriving(iter(loader), self.ranks.device)
             for index in range(self.saves + 1):
                 for name in sorted(
                     ways, reverse=bool(index % 2)

@@ -48,7 +48,7 @@ class Trained(NamedTuple):
     states: Callable[[], int]
 
 
-def spikingjelly_network(depth: int) -> nn.Module:
+def spikingjelly_network(depth: Any) -> nn.Module:
     build = getattr(peer_models, f"sew_resnet{depth}")
     network = build(
         pretrained=False,
@@ -119,16 +119,16 @@ def batch(images: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tens
 
 def gradient_difference(one: nn.Module, other: nn.Module) -> float:
     """The largest difference of a parameter's gradients, as a share of its largest gradient."""
-    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    pairs: Any = zip(one.parameters(), other.parameters(), strict=True)
     return max(
-        float((own.grad - its.grad).abs().max() / its.grad.abs().max())  # type: ignore[union-attr, operator]
-        for own, its in pairs
+        float((own.grad - its.grad).abs().max() / its.grad.abs().max()) for own, its in pairs
     )
 
 
-def compare_gradients(depth: int) -> None:
+def compare_gradients(depth: Any) -> None:
     """Raises: SystemExit if a gradient differs."""
-    for name, rule, over in (("BPTT", BPTT(), "time"), ("SLTT", SLTT(), "step")):
+    ways: tuple[tuple[str, Rule, Any], ...] = (("BPTT", BPTT(), "time"), ("SLTT", SLTT(), "step"))
+    for name, rule, over in ways:
         torch.manual_seed(1)
         peer = spikingjelly_network(depth).double()
         network = same_weights(sew_resnet(depth, over=over).double(), peer)
@@ -144,16 +144,16 @@ def compare_gradients(depth: int) -> None:
             raise SystemExit(f"{name}: the gradients must differ by less than {EQUAL}")
 
 
-def contestants(depth: int) -> list[Trained]:
+def contestants(depth: Any) -> list[Trained]:
     torch.manual_seed(1)
     peer = spikingjelly_network(depth)
-    rules = (
+    rules: tuple[tuple[Rule, Any, Any], ...] = (
         (BPTT(), "time", "mean"),
         (SLTT(), "step", "steps"),
         (SLTT(k=1), "step", "steps"),
     )
     ours = [
-        of_rule(rule, same_weights(sew_resnet(depth, over=over), peer), over_time)  # type: ignore[arg-type]
+        of_rule(rule, same_weights(sew_resnet(depth, over=over), peer), over_time)
         for rule, over, over_time in rules
     ]
     return [of_peer(peer), *ours]

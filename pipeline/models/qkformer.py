@@ -333,10 +333,12 @@ class OverSamples(LIF):
             reset_gradient=neuron.reset_gradient,
             scale_input=neuron.scale_input,
             surrogate=neuron.surrogate,
+            kernel=neuron.kernel,
         )
 
-    def forward(self, x_TB: Tensor) -> Tensor:
-        return super().forward(x_TB.flatten(0, 1).unsqueeze(1)).view_as(x_TB)
+    def forward(self, x_TB: Tensor, *, gain: float = 1.0, beta: float = 1.0) -> Tensor:
+        row_NB = x_TB.flatten(0, 1).unsqueeze(1)
+        return super().forward(row_NB, gain=gain, beta=beta).view_as(x_TB)
 
 
 def qkformer_10(

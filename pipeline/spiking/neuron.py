@@ -107,7 +107,7 @@ class LIF(nn.Module):
         self.reset_gradient: Literal["detached", "kept"] = reset_gradient
         self.scale_input = scale_input
         self.surrogate = surrogate
-        self.kernel = kernel
+        self.kernel: Kernel = kernel
         self.carry: Callable[[Tensor], Tensor] = identity
         self.custom_forward: Callable[[LIF, Tensor], Tensor] | None = None
         self.state = State("LIF")

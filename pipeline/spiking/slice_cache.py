@@ -108,7 +108,7 @@ class SliceCache:
         if not given:
             return loss
         values, gradients = zip(*given, strict=True)
-        return _AddGradients.apply(loss, gradients, *values)  # type: ignore[return-value]  # untyped
+        return _AddGradients.apply(loss, gradients, *values)  # type: ignore[return-value]
 
 
 class _CollectGradient(torch.autograd.Function):
