@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ from pipeline.train.backend.plain import Plain
 from pipeline.train.guards.anomaly import AnomalyGuard
 from pipeline.train.loop import Guard, MicroBatch, train_batch
 from pipeline.train.objective import CrossEntropy
-from tests.helpers.rule_networks import Network
+from tests.helpers.rule_networks import Network, learn
 
 META, T, B, CLASSES = torch.device("meta"), 4, 8, 10
 ROWS = ((2, 3, 4), (1, 1, 1))
@@ -175,6 +176,28 @@ def test_a_batch_asks_for_no_value(rule: str, waits: Waits, fused_on_meta: None)
         batch(1)
     assert not waits.found
     assert all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("file", "steps", "rule"),
+    [
+        *(("nf_resnet34_sltt", 6, rule) for rule in ("BPTT", "SLTT", "OTTT")),
+        *(("qkformer_10_384_bptt", 4, rule) for rule in ("BPTT", "SLTT")),
+    ],
+)
+def test_networks_for_imagenet_ask_for_no_value(
+    file: str, steps: int, rule: str, waits: Waits
+) -> None:
+    """Those whose kernels have a budget (tests/forecast/test_kernel_budget.py)."""
+    made = OTTT(readout="plain") if rule == "OTTT" else RULES[rule]()
+    network = import_module(f"recipes.imagenet.{file}").recipe().model.build().to(META)
+    made.attach(network)
+    x_B, target_B = torch.zeros(2, 3, 64, 64, device=META), torch.zeros(2, device=META).long()
+    terms = made.loss_terms(network, repeat(x_B, steps), CrossEntropy()(target_B), step=0)
+    with waits:
+        learn(terms)
+        made.end_of_batch()
+    assert not waits.found
 
 
 def test_what_waits_is_found(waits: Waits) -> None:
