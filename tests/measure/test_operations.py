@@ -300,6 +300,7 @@ def test_hlop_pays_for_its_lateral_neurons_and_its_projection() -> None:
     heard, spiked = T * B * I * I, int(s_TBN.count_nonzero(-1).square().sum())
     second_NN = torch.einsum("tbi,tbj->ij", s_TBN, s_TBN)
     learning = 2 * (I * I + 2 * 2 * I) + 3 * (live(second_NN) + 2 * 3 * N)
+    learning += 2 * (2 * 2 * I + 3 * 3 * N)  # inner products of the rows, twice, for both synapses
     lateral = (heard + learning, heard + spiked + learning)
     assert found(operations) == {**feed_forward(seen, x_TBI), "lateral": lateral}
 

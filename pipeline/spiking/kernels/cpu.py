@@ -25,6 +25,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from pipeline.spiking.kernels.neuron import Constants
 from pipeline.spiking.kernels.operators import membrane_dtype, new_step, new_steps
 
 _intrinsic: Any = intrinsic  # numba's types are of what is compiled
@@ -157,6 +158,26 @@ def _forward(
 
 
 @compiled
+def _times_derivative(g, u, threshold, surrogate, a, b):
+    """Multiply `g` by the derivative of the surrogate."""
+    zero, one = threshold - threshold, a / a
+    if surrogate == 0:
+        for i in range(len(u)):
+            g[i] *= max(a - b * abs(u[i] - threshold), zero)
+    elif surrogate == 1:
+        for i in range(len(u)):
+            e = _exp(-abs(a * (u[i] - threshold)))
+            g[i] *= a * e / ((one + e) * (one + e))
+    elif surrogate == 2:
+        for i in range(len(u)):
+            g[i] *= b if abs(u[i] - threshold) <= a else zero
+    else:
+        for i in range(len(u)):
+            z = a * (u[i] - threshold)
+            g[i] *= one / (one + z * z) * b
+
+
+@compiled
 def _backward(
     first, end, neurons, steps, u_at, v0_at, x_at, x_step, g_s_at, g_s_step, g_v_end_at, g_x_at,
     g_v0_at, g_decay, charge, decay, current, threshold, reset, subtract, gain, beta, surrogate, a,
@@ -196,20 +217,7 @@ def _backward(
                 else:
                     for i in range(count):
                         g[i] -= g_v[i] * subtract
-            if surrogate == 0:
-                for i in range(count):
-                    g[i] *= max(a - b * abs(u_t[i] - threshold), zero)
-            elif surrogate == 1:
-                for i in range(count):
-                    e = _exp(-abs(a * (u_t[i] - threshold)))
-                    g[i] *= a * e / ((one + e) * (one + e))
-            elif surrogate == 2:
-                for i in range(count):
-                    g[i] *= b if abs(u_t[i] - threshold) <= a else zero
-            else:
-                for i in range(count):
-                    z = a * (u_t[i] - threshold)
-                    g[i] *= one / (one + z * z) * b
+            _times_derivative(g, u_t, threshold, surrogate, a, b)
             if has_g_v:
                 if reset == 0:
                     for i in range(count):
@@ -285,27 +293,21 @@ def lif_forward(
     v_B: Tensor | None,
     learnt_decay: Tensor | None,
     levels: Tensor | None,
-    charge: int,
-    decay: float,
-    threshold: float,
-    subtract: float | None,
-    gain: float,
-    beta: float,
-    saves_u: bool,
+    *about: Any,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The forward of `neuron.py`."""
+    """The forward of `neuron.py`. `about`: the `Constants`, and saves_u."""
+    constants, (saves_u,) = Constants(*about[:6]), about[6:]
     x_dtype, dtype = x_TB.dtype, membrane_dtype(x_TB)
     if x_dtype != dtype:
-        if beta != 1:
-            x_TB, beta = x_TB / beta, 1.0  # rounded in its own dtype, as in eager
+        if constants.beta != 1:  # rounded in its own dtype, as in eager
+            x_TB, constants = x_TB / constants.beta, constants._replace(beta=1.0)
         x_TB = x_TB.to(dtype)
-    f, steps, neurons = _DTYPES[dtype], len(x_TB), math.prod(x_TB.shape[1:])
+    steps, neurons = len(x_TB), math.prod(x_TB.shape[1:])
     s_TB, v_end_B = new_steps(x_TB, dtype), new_step(x_TB, dtype)
     u_TB = torch.empty_like(s_TB) if saves_u else None
-    if learnt_decay is not None:
-        decay = learnt_decay.item()
     if levels is not None:
         threshold, subtract, gain = levels.tolist()
+        constants = constants._replace(threshold=threshold, subtract=subtract, gain=gain)
     _in_threads(
         _forward,
         neurons,
@@ -313,19 +315,12 @@ def lif_forward(
         neurons,
         steps,
         x_TB.data_ptr(),
-        x_TB.stride(0) if steps > 1 else 0,
+        _step(x_TB),
         _address(v_B),
         s_TB.data_ptr(),
         v_end_B.data_ptr(),
         _address(u_TB),
-        charge,
-        f(decay),
-        f(1 - decay),
-        f(threshold),
-        0 if subtract is None else 1,
-        f(subtract or 0),
-        f(gain),
-        f(beta),
+        *_numbers(constants, learnt_decay, dtype),
     )
     return s_TB.to(x_dtype), v_end_B, u_TB
 
@@ -338,62 +333,43 @@ def lif_backward(
     g_s_TB: Tensor | None,
     g_v_B: Tensor | None,
     dtype: torch.dtype,
-    charge: int,
-    decay: float,
-    threshold: float,
-    subtract: float | None,
-    gain: float,
-    beta: float,
-    surrogate: int,
-    a: float,
-    b: float,
-    reset_gradient: bool,
-    cut: bool,
-    needs_v: bool,
+    *about: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The backward of `neuron.py`."""
+    """The backward of `neuron.py`. `about`: the `Constants`, three numbers of the surrogate,
+    reset_gradient, cut and needs_v.
+    """
+    constants, (surrogate, a, b, reset_gradient, cut, needs_v) = Constants(*about[:6]), about[6:]
     if u_TB is None:
         assert x_TB is not None
-        *_, u_TB = lif_forward(
-            x_TB, v_B, learnt_decay, None, charge, decay, threshold, subtract, gain, beta, True
-        )
+        *_, u_TB = lif_forward(x_TB, v_B, learnt_decay, None, *constants, True)
         assert u_TB is not None
-    f, steps, neurons = _DTYPES[u_TB.dtype], len(u_TB), math.prod(u_TB.shape[1:])
+    f, neurons = _DTYPES[u_TB.dtype], math.prod(u_TB.shape[1:])
     g_x_TB = torch.empty_like(u_TB)
     g_v0_B = new_step(u_TB, u_TB.dtype) if needs_v else None
-    sums = _NO_SUMS
-    if learnt_decay is not None:
-        decay, sums = learnt_decay.item(), np.empty(-(-neurons // BLOCK))
-    is_wide = u_TB.dtype == dtype
-    last_beta, beta = (1.0, beta) if is_wide else (beta, 1.0)
-    if not is_wide:  # scaled and rounded in the tensors' own dtype, as in eager
-        g_s_TB = None if g_s_TB is None else (g_s_TB * gain).to(u_TB.dtype)
+    sums = _NO_SUMS if learnt_decay is None else np.empty(-(-neurons // BLOCK))
+    last_beta = 1.0
+    if u_TB.dtype != dtype:  # scaled and rounded in the tensors' own dtype, as in eager
+        last_beta = constants.beta
+        g_s_TB = None if g_s_TB is None else (g_s_TB * constants.gain).to(u_TB.dtype)
         x_TB = None if x_TB is None else (x_TB / last_beta).to(u_TB.dtype)
-        gain = 1.0
+        constants = constants._replace(gain=1.0, beta=1.0)
     _in_threads(
         _backward,
         neurons,
-        neurons * steps,
+        u_TB.numel(),
         neurons,
-        steps,
+        len(u_TB),
         u_TB.data_ptr(),
         _address(v_B),
         _address(x_TB),
-        x_TB.stride(0) if x_TB is not None and steps > 1 else 0,
+        _step(x_TB),
         _address(g_s_TB),
-        g_s_TB.stride(0) if g_s_TB is not None and steps > 1 else 0,
+        _step(g_s_TB),
         _address(g_v_B),
         g_x_TB.data_ptr(),
         _address(g_v0_B),
         sums,
-        charge,
-        f(decay),
-        f(1 - decay) if charge else f(1),
-        f(threshold),
-        0 if subtract is None else 1,
-        f(subtract or 0),
-        f(gain),
-        f(beta),
+        *_numbers(constants, learnt_decay, u_TB.dtype),
         surrogate,
         f(a),
         f(b),
@@ -403,6 +379,25 @@ def lif_backward(
     g_decay = None if learnt_decay is None else learnt_decay.new_tensor([sums.sum()])
     g_x_TB = g_x_TB.to(dtype)
     return g_x_TB if last_beta == 1 else g_x_TB / last_beta, g_v0_B, g_decay
+
+
+def _numbers(
+    constants: Constants, learnt_decay: Tensor | None, dtype: torch.dtype
+) -> tuple[Any, ...]:
+    """The kernels' arguments from `charge` to `beta`."""
+    f, (charge, decay, threshold, subtract, gain, beta) = _DTYPES[dtype], constants
+    decay = decay if learnt_decay is None else learnt_decay.item()
+    current = 1 - decay if charge else 1
+    reset = 0 if subtract is None else 1
+    return (
+        *(charge, f(decay), f(current), f(threshold)),
+        *(reset, f(subtract or 0), f(gain), f(beta)),
+    )
+
+
+def _step(x_TB: Tensor | None) -> int:
+    """The distance between time steps; 0 for a static input."""
+    return 0 if x_TB is None or len(x_TB) == 1 else x_TB.stride(0)
 
 
 def _address(x: Tensor | None) -> int:
