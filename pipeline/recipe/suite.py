@@ -108,7 +108,7 @@ class Suite:
     Fields:
         report: prints the results; None: a comparison per study and conditions is printed
         choices: by the name of the recipe that takes the chosen value
-        measurements: costs that the report needs
+        measurements: costs that the report needs. Without a report, sweeps are printed and drawn
     """
 
     recipes: tuple[Recipe, ...]
@@ -163,8 +163,8 @@ class Suite:
         if self.report is not None:
             _check_report(self.report)
         require(
-            self.report is not None or not self.measurements,
-            "suite: measurements need a report that reads them; got none",
+            self.report is not None or all(each.kind == "sweep" for each in self.measurements),
+            "suite: measurements other than sweeps need a report that reads them; got none",
         )
 
     @property

@@ -21,7 +21,7 @@ from pipeline.recipe import BASELINE
 from pipeline.recipe.json import flat
 from pipeline.recipe.printed_commands import how_to_resume
 from pipeline.recipe.recipe import read_json
-from pipeline.recipe.suite import Report, SuiteFile, has_report, runs_of
+from pipeline.recipe.suite import Report, SuiteFile, has_report, measured_in, runs_of
 from pipeline.report.claims import SuiteResult, parse_result
 from pipeline.report.compare import (
     comparable,
@@ -45,7 +45,7 @@ from pipeline.report.selection import (
     with_baseline,
 )
 from pipeline.report.study import WITHIN, Study
-from pipeline.report.sweeps import sweep_of
+from pipeline.report.sweeps import print_by_time_steps, sweep_of
 from pipeline.track.mlflow import REPORT
 from pipeline.track.run_state import best, done_entries, is_driven, state_of, suite_entries
 
@@ -123,7 +123,8 @@ def print_suite(
     if report is not None and not left:
         return own_report(folder.name, report, done, console)
     if report is None:
-        ended = [run for run in map(read_run, done.values()) if run.protocol != "trial"]
+        runs = [read_run(path) for name, path in done.items() if name in runs_of(folder)]
+        ended = [run for run in runs if run.protocol != "trial"]
         studies = {run.study for run in ended if run.is_finished}
         print_comparison(
             folder.parent,
@@ -135,6 +136,8 @@ def print_suite(
         )
         for run in (run for run in ended if run.study not in studies):
             say(notes_console, f"{run.name} diverged, and so did all other ended runs of its study")
+        for sweep in _measured_sweeps(folder) if format == "table" else ():
+            print_by_time_steps(sweep, console)
     if left:
         has_report = report is not None
         _say_unfinished(notes_console, folder, left, progress=progress, has_report=has_report)
@@ -325,6 +328,13 @@ def read_study(
     )
 
 
+def _measured_sweeps(suite: Path) -> Iterator[Mapping[str, Any]]:
+    """The sweeps among the measurements of a suite that have been made."""
+    for name, file in measured_in(suite).items():
+        if file.exists() and "points" in (found := read_json(file)):
+            yield sweep_of(found, name)
+
+
 def _without_trials(members: Sequence[Run], names: Sequence[str]) -> tuple[list[Run], list[Run]]:
     runs = [run for run in members if run.protocol != "trial"]
     trials = [run for run in members if run.protocol == "trial"]
@@ -354,14 +364,15 @@ def _own_report(
 ) -> tuple[SuiteResult, str, list[str]]:
     """The result and the text of the suite's report, or a note that the suite has not finished.
 
-    For a suite without its own report, all three are empty. A report that fails raises an error,
-    because a page without claims must not replace an earlier page.
+    For a suite without its own report, the result has its measured sweeps, and the others are
+    empty. A report that fails raises an error, because a page without claims must not replace an
+    earlier page.
 
     Raises:
         ReportError: `judged` (the baseline and the tolerance) is set, or the report fails.
     """
     if not has_report(suite):
-        return SuiteResult(), "", []
+        return SuiteResult(sweeps=tuple(_measured_sweeps(suite))), "", []
     if judged != (BASELINE, WITHIN):
         raise ReportError(
             f"report: --against and --within must not be set, because {suite.name} has its own"

@@ -4,9 +4,12 @@ A sweep is the output of `spiketrain sweep --format json`.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from rich.console import Console
+
+from pipeline.core.printing import number, print_table
 from pipeline.core.units import counted, unit_of
 from pipeline.recipe import BASELINE, is_baseline
 from pipeline.report.drawing import Figure, Table, color, drawing, plain, scatter, symbol, titled
@@ -62,6 +65,24 @@ def sweep_of(value: Any, where: str) -> Mapping[str, Any]:
 
 def points_of(sweep: Mapping[str, Any]) -> list[Point]:
     return list(map(_point, sweep["points"]))
+
+
+def print_by_time_steps(sweep: Mapping[str, Any], console: Console) -> None:
+    """Print the saved bytes and the time of each rule, with a column for each T."""
+    points = {(each.rule, each.time_steps): each for each in points_of(sweep)}
+    rules, steps = ([*dict.fromkeys(key)] for key in zip(*points, strict=True))
+    cells: dict[str, Callable[[Point], str]] = {
+        "saved bytes": lambda each: f"{each.saved / 1e6:.4g} MB",
+        "time of forward and backward": lambda each: f"{each.seconds * 1e3:.4g} ms",
+    }
+    samples = counted(sweep["samples"], "sample")
+    for quantity, cell in cells.items():
+        rows = [
+            (rule, *(cell(points[rule, T]) if (rule, T) in points else "" for T in steps))
+            for rule in rules
+        ]
+        columns = [number(f"T = {T}") for T in steps]
+        print_table(console, ("rule", *columns), rows, title=f"{quantity}, {samples} on one worker")
 
 
 def fastest_baselines(points: Iterable[Point]) -> dict[int, Point]:

@@ -18,13 +18,16 @@ a fixed cost, so with fewer images SLTT is slower.
 
 from dataclasses import replace
 
-from pipeline.recipe import Evaluation, Recipe, spec
+from pipeline.recipe import Evaluation, Suite, spec
+from pipeline.recipe.suite import Measurement
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from recipes.fashion.base import fashion
 
+SWEPT = (2, 5, 10)  # numbers of time steps
 
-def recipe() -> list[Recipe]:
+
+def recipe() -> Suite:
     rules = {"bptt": spec(BPTT), "sltt": spec(SLTT), "sltt-1": spec(SLTT, k=1, rescale=True)}
     study = fashion()
     # Half the study's learning rate: SLTT-1 has to bear it times ten.
@@ -36,4 +39,10 @@ def recipe() -> list[Recipe]:
         epochs=3,
         evaluation=Evaluation(every=1),
     )
-    return [replace(shared, name=f"fashion-demo-{name}", rule=rule) for name, rule in rules.items()]
+    runs = [replace(shared, name=f"fashion-demo-{name}", rule=rule) for name, rule in rules.items()]
+    by_steps = replace(shared, name="fashion-demo-by-steps", rule=spec(BPTT, chunk=1))
+    swept = (*(each.name for each in runs), by_steps)
+    return Suite(
+        recipes=tuple(runs),
+        measurements=(Measurement("by-t", "sweep", swept, {"steps": SWEPT}),),
+    )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pipeline.recipe.suite import Suite, SuiteFile
+from pipeline.recipe.suite import Measurement, Suite, SuiteFile
 from pipeline.report.claims import Claim, parse_result
 from pipeline.report.page import publish
 from pipeline.report.results import ReportError
@@ -117,6 +117,31 @@ def test_a_suite(make_run: Callable, runs_dir: Path):
     for about in ({"within": 2.0}, {"against": "SLTT"}):
         with pytest.raises(ReportError, match=said):
             read_study(runs_dir, ["suite"], **about)
+
+
+def test_sweeps_of_a_suite_without_a_report_are_printed_and_drawn(
+    make_run: Callable, runs_dir: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Once they are made; one that was refused is neither."""
+    make_run("bptt")
+    folder = runs_dir / "swept"
+    folder.mkdir()
+    recipes = (replace(small_recipe(), name="recipe-bptt"),)
+    sweeps = tuple(
+        Measurement(name, "sweep", ("recipe-bptt",)) for name in ("made", "refused", "missing")
+    )
+    suite = Suite(recipes, measurements=sweeps)
+    SuiteFile(suite=suite, runs=("bptt",), parent="0" * 32, cluster={}).write(folder)
+    (folder / "measured-made.json").write_text(json.dumps(SWEEP))
+    (folder / "measured-refused.json").write_text(json.dumps({"refused": "no"}))
+    assert read_study(runs_dir, ["swept"])[0].sweeps == (SWEEP,)
+    print_suite(folder)
+    said = capsys.readouterr().out
+    head, bptt, sltt = said[said.index("saved bytes, 8 samples on one worker") :].splitlines()[1:4]
+    assert head.split() == ["rule", "T", "=", "1", "T", "=", "4"]
+    assert bptt.split() == ["BPTT", "0.001", "MB", "0.004", "MB"]
+    assert sltt.split() == ["SLTT", "0.001", "MB", "0.001", "MB"]
+    assert "time of forward and backward, 8 samples on one worker" in said and "750 ms" in said
 
 
 def test_a_suite_without_a_report_as_json_and_csv(
