@@ -129,7 +129,7 @@ class LIF(nn.Module):
             charge = fused.INTERPOLATED
         s_TB, v_B = fused.run(
             x_TB,
-            self.last_membrane(x_TB),
+            self._stored(x_TB),
             learnt_decay,
             fused.Constants(
                 charge,
@@ -185,6 +185,15 @@ class LIF(nn.Module):
 
     def last_membrane(self, x_TB: Tensor) -> Tensor | None:
         """As `membrane`; None at the start of a batch."""
+        v_B = self._stored(x_TB)
+        if v_B is None or not fused.is_before_reset(v_B):
+            return v_B
+        subtract = self.subtract if self.reset == "subtract" else None
+        rest_B = torch.zeros_like(v_B) if subtract is None else v_B - subtract
+        return torch.where(v_B - self.threshold >= 0, rest_B, v_B)
+
+    def _stored(self, x_TB: Tensor) -> Tensor | None:
+        """The stored membrane, which may be the one before the reset (`fused.is_before_reset`)."""
         v_B = self.state.read("v")
         if v_B is not None and v_B.shape != x_TB.shape[1:]:
             raise ValueError(

@@ -74,7 +74,8 @@ def outcome(case: Case, kernel: str, x_TB: Tensor, g_TB: Tensor) -> tuple[Tensor
     with fresh_state(lif):
         slices = x_TB.chunk(case.slices)
         s_TB = torch.cat([lif(x_cB, gain=case.gain, beta=case.beta) for x_cB in slices])
-        v_B = lif.state.values["v"]
+        v_B = lif.last_membrane(x_TB)
+        assert v_B is not None
     gradients = torch.autograd.grad(s_TB, [x_TB, *lif.parameters()], g_TB)
     return s_TB.detach(), v_B.detach(), *gradients
 

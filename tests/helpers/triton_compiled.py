@@ -69,7 +69,9 @@ def compile_neurons() -> None:
     case, x_TB = every[0], torch.zeros(4, 1)  # Triton makes a constant of the integer 1
     outcome(case._replace(steps=4), "auto", x_TB, x_TB)
     outputs(LIF(1, threshold=2), x_TB)  # integers have another type than floats
-    cuda.lif_forward(x_TB, None, None, torch.ones(3), 1, 0.4, 0.0, 0.0, 1.0, 1.0, False)
+    cuda.lif_forward(
+        x_TB, None, None, torch.ones(3), 1, 0.4, 0.0, 0.0, 1.0, 1.0, False, False, True
+    )
 
 
 def compile_others() -> None:

@@ -13,6 +13,7 @@ from pipeline.models.parts import (
     RELU_GAIN,
     SPIKE_GAIN,
     MeanPool,
+    Pool,
     spread_by_interpolation,
     spread_by_slices,
 )
@@ -117,3 +118,35 @@ test_refuses = refusals(
         ),
     ]
 )
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.MaxPool2d(3, stride=2, padding=1),
+        nn.MaxPool2d(2, ceil_mode=True),
+        nn.MaxPool2d((3, 2), stride=(1, 2), dilation=(2, 1)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("side", [9, 200])
+def test_a_max_pool_is_torchs_and_keeps_two_or_four_bytes_an_output(
+    side: int, pool: nn.MaxPool2d, order: torch.memory_format
+) -> None:
+    torch.manual_seed(0)
+    spikes_NCHW = (torch.rand(6, 2, side, side) < 0.3).float().contiguous(memory_format=order)
+    found = []
+    for module in (Pool(pool), None):
+        x_NCHW = spikes_NCHW.clone(memory_format=torch.preserve_format).requires_grad_()
+        with SavedBytes() as saved:
+            if module is None:
+                y_NCHW = pool(x_NCHW)
+            else:
+                y_NCHW = module(x_NCHW.unflatten(0, (3, 2))).flatten(0, 1)
+        of_an_output = 2 if side == 9 else 4
+        if module is not None:
+            assert saved.peak == of_an_output * y_NCHW.numel()
+        (y_NCHW * torch.arange(y_NCHW.numel()).view_as(y_NCHW)).sum().backward()
+        found.append((y_NCHW.detach(), x_NCHW.grad))
+    assert all(map(torch.equal, *found))

@@ -98,9 +98,20 @@ def _exp_of(x: Any) -> Any:
 
 
 @compiled
+def _after_reset(u, v, threshold, reset, subtract):
+    zero = threshold - threshold
+    if reset == 0:
+        for i in range(len(u)):
+            v[i] = zero if u[i] - threshold >= zero else u[i]
+    else:
+        for i in range(len(u)):
+            v[i] = u[i] - subtract if u[i] - threshold >= zero else u[i]
+
+
+@compiled
 def _forward(
     first, end, neurons, steps, x_at, x_step, v0_at, s_at, v_end_at, u_at, charge, decay, current,
-    threshold, reset, subtract, gain, beta,
+    threshold, reset, subtract, gain, beta, resets_first,
 ):  # fmt: skip
     """The neurons from `first` to `end`. Names with `_at` are addresses; 0: there is none.
 
@@ -109,15 +120,17 @@ def _forward(
     zero, one = decay - decay, beta / beta
     x = carray(_pointer(x_at, decay), x_step * (steps - 1) + neurons)
     v0 = carray(_pointer(v0_at, decay), neurons if v0_at else 0)
-    s = carray(_pointer(s_at, decay), steps * neurons)
-    v_end = carray(_pointer(v_end_at, decay), neurons)
+    s = carray(_pointer(s_at, decay), steps * neurons if s_at else 0)
+    v_end = carray(_pointer(v_end_at, decay), neurons if v_end_at else 0)
     u = carray(_pointer(u_at, decay), steps * neurons if u_at else 0)
-    current_of = np.empty(BLOCK, x.dtype)
+    current_of, v_of = np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype)
     for begin in range(first, end, BLOCK):
         stop = min(begin + BLOCK, end)
         count = stop - begin
-        v = v_end[begin:stop]
-        if len(v0):
+        v = v_end[begin:stop] if len(v_end) else v_of[:count]
+        if len(v0) and resets_first:
+            _after_reset(v0[begin:stop], v, threshold, reset, subtract)
+        elif len(v0):
             v[:] = v0[begin:stop]
         else:
             v[:] = zero
@@ -141,17 +154,11 @@ def _forward(
                     v[i] = _fma(decay - one, v[i] - x_t[i], v[i])
             if len(u):
                 u[t * neurons + begin : t * neurons + stop] = v
-            s_t = s[t * neurons + begin : t * neurons + stop]
-            if reset == 0:
+            if len(s):
+                s_t = s[t * neurons + begin : t * neurons + stop]
                 for i in range(count):
-                    fires = v[i] - threshold >= zero
-                    s_t[i] = gain if fires else zero
-                    v[i] = zero if fires else v[i]
-            else:
-                for i in range(count):
-                    fires = v[i] - threshold >= zero
-                    s_t[i] = gain if fires else zero
-                    v[i] = v[i] - subtract if fires else v[i]
+                    s_t[i] = gain if v[i] - threshold >= zero else zero
+            _after_reset(v, v, threshold, reset, subtract)
 
 
 # ----------------------------------------------------------------------------------------- backward
@@ -180,8 +187,8 @@ def _times_derivative(g, u, threshold, surrogate, a, b):
 @compiled
 def _backward(
     first, end, neurons, steps, u_at, v0_at, x_at, x_step, g_s_at, g_s_step, g_v_end_at, g_x_at,
-    g_v0_at, g_decay, charge, decay, current, threshold, reset, subtract, gain, beta, surrogate, a,
-    b, reset_gradient, cut,
+    g_v0_at, g_decay, charge, decay, current, threshold, reset, subtract, gain, beta, resets_first,
+    surrogate, a, b, reset_gradient, cut,
 ):  # fmt: skip
     """As `_forward`. `g_decay` has one sum for each block; empty: the decay is not learnt."""
     zero, one = decay - decay, beta / beta
@@ -234,6 +241,8 @@ def _backward(
                             v = zero if reset == 0 else v - subtract
                     elif len(v0):
                         v = v0[begin + i]
+                        if resets_first and v - threshold >= zero:
+                            v = zero if reset == 0 else v - subtract
                     if charge >= 2:
                         v -= x[t * x_step + begin + i] / beta
                     total += g[i] * v
@@ -294,20 +303,35 @@ def lif_forward(
     learnt_decay: Tensor | None,
     levels: Tensor | None,
     *about: Any,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The forward of `neuron.py`. `about`: the `Constants`, and saves_u."""
-    constants, (saves_u,) = Constants(*about[:6]), about[6:]
-    x_dtype, dtype = x_TB.dtype, membrane_dtype(x_TB)
-    if x_dtype != dtype:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The forward of `neuron.py`. `about`: the `Constants`, saves_u and needs_end."""
+    constants, (saves_u, needs_end) = Constants(*about[:7]), about[7:]
+    if levels is not None:
+        threshold, subtract, gain = levels.tolist()
+        constants = constants._replace(threshold=threshold, subtract=subtract, gain=gain)
+    dtype = membrane_dtype(x_TB)
+    s_TB, u_TB = new_steps(x_TB, dtype), new_steps(x_TB, dtype) if saves_u else None
+    v_end_B = new_step(x_TB, dtype) if needs_end else None
+    _run_forward(x_TB, v_B, learnt_decay, constants, s_TB, v_end_B, u_TB)
+    return s_TB.to(x_TB.dtype), v_end_B, u_TB
+
+
+def _run_forward(
+    x_TB: Tensor,
+    v_B: Tensor | None,
+    learnt_decay: Tensor | None,
+    constants: Constants,
+    s_TB: Tensor | None,
+    v_end_B: Tensor | None,
+    u_TB: Tensor | None,
+) -> None:
+    """Fill those of the last three that are given."""
+    dtype = membrane_dtype(x_TB)
+    if x_TB.dtype != dtype:
         if constants.beta != 1:  # rounded in its own dtype, as in eager
             x_TB, constants = x_TB / constants.beta, constants._replace(beta=1.0)
         x_TB = x_TB.to(dtype)
     steps, neurons = len(x_TB), math.prod(x_TB.shape[1:])
-    s_TB, v_end_B = new_steps(x_TB, dtype), new_step(x_TB, dtype)
-    u_TB = torch.empty_like(s_TB) if saves_u else None
-    if levels is not None:
-        threshold, subtract, gain = levels.tolist()
-        constants = constants._replace(threshold=threshold, subtract=subtract, gain=gain)
     _in_threads(
         _forward,
         neurons,
@@ -317,12 +341,11 @@ def lif_forward(
         x_TB.data_ptr(),
         _step(x_TB),
         _address(v_B),
-        s_TB.data_ptr(),
-        v_end_B.data_ptr(),
+        _address(s_TB),
+        _address(v_end_B),
         _address(u_TB),
         *_numbers(constants, learnt_decay, dtype),
     )
-    return s_TB.to(x_dtype), v_end_B, u_TB
 
 
 def lif_backward(
@@ -338,11 +361,11 @@ def lif_backward(
     """The backward of `neuron.py`. `about`: the `Constants`, three numbers of the surrogate,
     reset_gradient, cut and needs_v.
     """
-    constants, (surrogate, a, b, reset_gradient, cut, needs_v) = Constants(*about[:6]), about[6:]
+    constants, (surrogate, a, b, reset_gradient, cut, needs_v) = Constants(*about[:7]), about[7:]
     if u_TB is None:
         assert x_TB is not None
-        *_, u_TB = lif_forward(x_TB, v_B, learnt_decay, None, *constants, True)
-        assert u_TB is not None
+        u_TB = new_steps(x_TB, membrane_dtype(x_TB))
+        _run_forward(x_TB, v_B, learnt_decay, constants, None, None, u_TB)
     f, neurons = _DTYPES[u_TB.dtype], math.prod(u_TB.shape[1:])
     g_x_TB = torch.empty_like(u_TB)
     g_v0_B = new_step(u_TB, u_TB.dtype) if needs_v else None
@@ -384,14 +407,15 @@ def lif_backward(
 def _numbers(
     constants: Constants, learnt_decay: Tensor | None, dtype: torch.dtype
 ) -> tuple[Any, ...]:
-    """The kernels' arguments from `charge` to `beta`."""
-    f, (charge, decay, threshold, subtract, gain, beta) = _DTYPES[dtype], constants
+    """The kernels' arguments from `charge` to `resets_first`."""
+    f = _DTYPES[dtype]
+    charge, decay, threshold, subtract, gain, beta, resets_first = constants
     decay = decay if learnt_decay is None else learnt_decay.item()
     current = 1 - decay if charge else 1
     reset = 0 if subtract is None else 1
     return (
         *(charge, f(decay), f(current), f(threshold)),
-        *(reset, f(subtract or 0), f(gain), f(beta)),
+        *(reset, f(subtract or 0), f(gain), f(beta), resets_first),
     )
 
 

@@ -70,7 +70,8 @@ def _forward(
     x, v0, learnt_decay, levels, s, v_end, u, neurons: tl.int64, x_step: tl.int64, decay, weight,
     threshold, subtract, gain, inverse_beta, STEPS: tl.constexpr, CHARGE: tl.constexpr,
     TO_ZERO: tl.constexpr, HAS_V: tl.constexpr, LEARNT: tl.constexpr, LEVELS: tl.constexpr,
-    SCALES: tl.constexpr, SAVES_U: tl.constexpr, BLOCK: tl.constexpr,
+    SCALES: tl.constexpr, SAVES_U: tl.constexpr, NEEDS_END: tl.constexpr,
+    RESETS_FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < neurons
@@ -81,6 +82,8 @@ def _forward(
         subtract = tl.load(levels + 1)
         gain = tl.load(levels + 2)
     v = tl.load(v0 + i, mask, 0.0) if HAS_V else tl.zeros((BLOCK,), tl.float32)
+    if RESETS_FIRST:
+        v = _reset(v, threshold, subtract, TO_ZERO)
     for t in range(STEPS):
         x_t = tl.load(x + t * x_step + i, mask, 0.0)
         v = _charge(v, x_t, decay, weight, inverse_beta, CHARGE, SCALES)
@@ -89,7 +92,8 @@ def _forward(
         spikes = tl.where(v - threshold >= 0.0, gain, 0.0)
         tl.store(s + t * neurons + i, spikes.to(s.dtype.element_ty), mask)
         v = _reset(v, threshold, subtract, TO_ZERO)
-    tl.store(v_end + i, v, mask)
+    if NEEDS_END:
+        tl.store(v_end + i, v, mask)
 
 
 @_jit
@@ -99,7 +103,8 @@ def _backward(
     STEPS: tl.constexpr, CHARGE: tl.constexpr, TO_ZERO: tl.constexpr, HAS_U: tl.constexpr,
     HAS_V: tl.constexpr, LEARNT: tl.constexpr, SCALES: tl.constexpr, HAS_G_S: tl.constexpr,
     HAS_G_V: tl.constexpr, NEEDS_V: tl.constexpr, SURROGATE: tl.constexpr,
-    RESET_GRADIENT: tl.constexpr, CUT: tl.constexpr, BLOCK: tl.constexpr,
+    RESET_GRADIENT: tl.constexpr, CUT: tl.constexpr, RESETS_FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < neurons
@@ -108,6 +113,8 @@ def _backward(
     total = tl.zeros((BLOCK,), tl.float32)
     g_v = tl.load(g_v_end + i, mask, 0.0) if HAS_G_V else tl.zeros((BLOCK,), tl.float32)
     first = tl.load(v0 + i, mask, 0.0) if HAS_V else tl.zeros((BLOCK,), tl.float32)
+    if RESETS_FIRST:
+        first = _reset(first, threshold, subtract, TO_ZERO)
     for back in range(STEPS):
         t = STEPS - 1 - back
         v = first  # v[t-1]
@@ -165,18 +172,22 @@ def lif_forward(
     subtract: float | None,
     gain: float,
     beta: float,
+    resets_first: bool,
     saves_u: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+    needs_end: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The forward of `neuron.py`."""
     steps, neurons = len(x_TB), math.prod(x_TB.shape[1:])
-    s_TB, v_end_B = new_steps(x_TB, x_TB.dtype), new_step(x_TB, torch.float32)
+    s_TB = new_steps(x_TB, x_TB.dtype)
+    v_end_B = new_step(x_TB, torch.float32) if needs_end else None
     u_TB = new_steps(x_TB, torch.float32) if saves_u else None
     _forward[_grid(neurons)](
         x_TB, v_B, learnt_decay, levels, s_TB, v_end_B, u_TB, neurons, _step(x_TB),
         *_numbers(decay, threshold, subtract, gain, beta),
         STEPS=steps, CHARGE=charge, TO_ZERO=subtract is None and levels is None,
         HAS_V=v_B is not None, LEARNT=learnt_decay is not None, LEVELS=levels is not None,
-        SCALES=beta != 1, SAVES_U=saves_u, BLOCK=BLOCK,
+        SCALES=beta != 1, SAVES_U=saves_u, NEEDS_END=needs_end, RESETS_FIRST=resets_first,
+        BLOCK=BLOCK,
         enable_fp_fusion=False,  # each product is rounded, but for those of tl.fma
     )  # fmt: skip
     return s_TB, v_end_B, u_TB
@@ -196,6 +207,7 @@ def lif_backward(
     subtract: float | None,
     gain: float,
     beta: float,
+    resets_first: bool,
     surrogate: int,
     a: float,
     b: float,
@@ -219,7 +231,8 @@ def lif_backward(
         STEPS=steps, CHARGE=charge, TO_ZERO=subtract is None, HAS_U=u_TB is not None,
         HAS_V=v_B is not None, LEARNT=learnt_decay is not None, SCALES=beta != 1,
         HAS_G_S=g_s_TB is not None, HAS_G_V=g_v_B is not None, NEEDS_V=needs_v,
-        SURROGATE=surrogate, RESET_GRADIENT=reset_gradient, CUT=cut, BLOCK=BLOCK,
+        SURROGATE=surrogate, RESET_GRADIENT=reset_gradient, CUT=cut, RESETS_FIRST=resets_first,
+        BLOCK=BLOCK,
         enable_fp_fusion=False,
     )  # fmt: skip
     g_decay = None

@@ -48,6 +48,7 @@ class Constants(NamedTuple):
     subtract: float | None
     gain: float = 1.0
     beta: float = 1.0
+    resets_first: bool = False  # the first membrane is u of the last step
 
 
 def surrogate_constants(surrogate: Surrogate) -> tuple[int, float, float] | None:
@@ -76,18 +77,36 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """The spikes `[T, B, ...]` in the dtype of `x_TB`, and the last membrane.
 
+    If the membrane is cut after each call, and the backward keeps u of one step, then the last
+    membrane is u, marked by `mark_before_reset`: no second tensor of that size is needed.
+
     Args:
         v_B: the first membrane; None: 0.
         cut: whether the membrane is a constant between time steps. Then the last has no graph.
     """
     x_TB = dense(x_TB)
+    constants = constants._replace(resets_first=is_before_reset(v_B))
     v_B = None if v_B is None else like(v_B, x_TB)
     needs_backward = torch.is_grad_enabled() and any(
         each is not None and each.requires_grad for each in (x_TB, v_B, learnt_decay)
     )
-    return _Fused.apply(  # type: ignore[return-value]
-        x_TB, v_B, learnt_decay, constants, surrogate, reset_gradient, cut, needs_backward
+    saves_u = needs_backward and not _inputs_are_smaller(x_TB, v_B)
+    ends_in_u = saves_u and cut and len(x_TB) == 1
+    s_TB, end_B = _Fused.apply(  # type: ignore[misc]
+        *(x_TB, v_B, learnt_decay, constants, surrogate, reset_gradient, cut),
+        *(needs_backward, saves_u, ends_in_u),
     )
+    return s_TB, mark_before_reset(end_B) if ends_in_u else end_B
+
+
+def mark_before_reset(u_B: Tensor) -> Tensor:
+    """`u_B`, marked as a membrane before the reset. The mark is an attribute of this object."""
+    u_B.is_before_reset = True  # type: ignore[attr-defined]
+    return u_B
+
+
+def is_before_reset(v_B: Tensor | None) -> bool:
+    return getattr(v_B, "is_before_reset", False)
 
 
 @torch.no_grad()
@@ -101,8 +120,8 @@ def run_rates(
     x_TB = dense(x_TB)
     v_B = None if v_B is None else like(v_B, x_TB)
     constants = Constants(charge, decay, threshold=0.0, subtract=0.0)
-    s_TB, v_end_B, _ = kernel("lif_forward", x_TB)(x_TB, v_B, None, levels, *constants, False)
-    return s_TB, v_end_B
+    s_TB, end_B, _ = kernel("lif_forward", x_TB)(x_TB, v_B, None, levels, *constants, False, True)
+    return s_TB, end_B
 
 
 class _Fused(torch.autograd.Function):
@@ -117,14 +136,16 @@ class _Fused(torch.autograd.Function):
         reset_gradient: bool,
         cut: bool,
         needs_backward: bool,
+        saves_u: bool,
+        ends_in_u: bool,
     ) -> tuple[Tensor, Tensor]:
-        saves_u = needs_backward and not _inputs_are_smaller(x_TB, v_B)
-        s_TB, v_end_B, u_TB = kernel("lif_forward", x_TB)(
-            x_TB, v_B, learnt_decay, None, *constants, saves_u
+        s_TB, end_B, u_TB = kernel("lif_forward", x_TB)(
+            x_TB, v_B, learnt_decay, None, *constants, saves_u, not ends_in_u
         )
+        end_B = u_TB[0] if ends_in_u else end_B
         ctx.set_materialize_grads(False)
         if cut:
-            ctx.mark_non_differentiable(v_end_B)
+            ctx.mark_non_differentiable(end_B)
         if needs_backward:
             reads_v = not saves_u or learnt_decay is not None
             reads_x = not saves_u or (reads_v and constants.charge == INTERPOLATED)
@@ -136,7 +157,7 @@ class _Fused(torch.autograd.Function):
             )
         ctx.arguments = (*constants, *surrogate, reset_gradient, cut)
         ctx.dtype = x_TB.dtype
-        return s_TB, v_end_B
+        return s_TB, end_B
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -157,7 +178,7 @@ class _Fused(torch.autograd.Function):
             *ctx.arguments,
             needs_v,
         )
-        return g_x_TB, g_v_B, g_decay, *[None] * 5
+        return g_x_TB, g_v_B, g_decay, *[None] * 7
 
 
 def _inputs_are_smaller(x_TB: Tensor, v_B: Tensor | None) -> bool:
@@ -168,10 +189,13 @@ def _inputs_are_smaller(x_TB: Tensor, v_B: Tensor | None) -> bool:
     return inputs < len(x_TB) * of_membrane
 
 
-def _fake_forward(x_TB: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    dtype = membrane_dtype(x_TB)
-    u_TB = new_steps(x_TB, dtype) if args[-1] else None
-    return new_steps(x_TB, x_TB.dtype), new_step(x_TB, dtype), u_TB
+def _fake_forward(x_TB: Tensor, *args: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    dtype, (saves_u, needs_end) = membrane_dtype(x_TB), args[-2:]
+    return (
+        new_steps(x_TB, x_TB.dtype),
+        new_step(x_TB, dtype) if needs_end else None,
+        new_steps(x_TB, dtype) if saves_u else None,
+    )
 
 
 def _fake_backward(
@@ -185,10 +209,13 @@ def _fake_backward(
     return new_steps(kept, dtype), g_v_B, g_decay
 
 
-_NEURON = "int charge, float decay, float threshold, float? subtract, float gain, float beta"
+_NEURON = (
+    "int charge, float decay, float threshold, float? subtract, float gain, float beta,"
+    " bool resets_first"
+)
 define(
     "lif_forward(Tensor x, Tensor? v, Tensor? learnt_decay, Tensor? levels,"
-    f" {_NEURON}, bool saves_u) -> (Tensor, Tensor, Tensor?)",
+    f" {_NEURON}, bool saves_u, bool needs_end) -> (Tensor, Tensor?, Tensor?)",
     _fake_forward,
 )
 define(
