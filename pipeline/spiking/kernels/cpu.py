@@ -120,7 +120,7 @@ def _forward(
     zero, one = decay - decay, beta / beta
     x = carray(_pointer(x_at, decay), x_step * (steps - 1) + neurons)
     v0 = carray(_pointer(v0_at, decay), neurons if v0_at else 0)
-    s = carray(_pointer(s_at, decay), steps * neurons if s_at else 0)
+    s = carray(_pointer(s_at, decay), steps * neurons if s_at else 0)  # none: a backward needs u
     v_end = carray(_pointer(v_end_at, decay), neurons if v_end_at else 0)
     u = carray(_pointer(u_at, decay), steps * neurons if u_at else 0)
     current_of, v_of = np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype)
@@ -190,27 +190,37 @@ def _backward(
     g_v0_at, g_decay, charge, decay, current, threshold, reset, subtract, gain, beta, resets_first,
     surrogate, a, b, reset_gradient, cut,
 ):  # fmt: skip
-    """As `_forward`. `g_decay` has one sum for each block; empty: the decay is not learnt."""
+    """As `_forward`. `g_decay` has one sum for each block; empty: the decay is not learnt. Without
+    `u_at`, u of each block is computed again.
+    """
     zero, one = decay - decay, beta / beta
     size = steps * neurons
-    u = carray(_pointer(u_at, decay), size)
+    u = carray(_pointer(u_at, decay), size if u_at else 0)
     v0 = carray(_pointer(v0_at, decay), neurons if v0_at else 0)
     x = carray(_pointer(x_at, decay), x_step * (steps - 1) + neurons if x_at else 0)
     g_s = carray(_pointer(g_s_at, decay), g_s_step * (steps - 1) + neurons if g_s_at else 0)
     g_v_end = carray(_pointer(g_v_end_at, decay), neurons if g_v_end_at else 0)
     g_x = carray(_pointer(g_x_at, decay), size)
     g_v0 = carray(_pointer(g_v0_at, decay), neurons if g_v0_at else 0)
-    g_v = np.empty(BLOCK, u.dtype)
-    g = np.empty(BLOCK, u.dtype)
+    g_v, g = np.empty(BLOCK, u.dtype), np.empty(BLOCK, u.dtype)
+    u_of = np.empty(0 if u_at else steps * BLOCK, u.dtype)
     for begin in range(first, end, BLOCK):
         stop = min(begin + BLOCK, end)
         count = stop - begin
+        u_block, u_step = (u[begin:], neurons) if u_at else (u_of, count)
+        if u_at == 0:
+            before = begin * u.itemsize  # bytes
+            _forward(
+                0, count, count, steps, x_at + before, x_step, v0_at + before if v0_at else 0, 0, 0,
+                u_of.ctypes.data, charge, decay, current, threshold, reset, subtract, gain, beta,
+                resets_first,
+            )  # fmt: skip
         total = 0.0
         has_g_v = len(g_v_end) > 0
         if has_g_v:
             g_v[:count] = g_v_end[begin:stop]
         for t in range(steps - 1, -1, -1):
-            u_t = u[t * neurons + begin : t * neurons + stop]
+            u_t = u_block[t * u_step : t * u_step + count]
             if len(g_s):
                 g_s_t = g_s[t * g_s_step + begin : t * g_s_step + stop]
                 for i in range(count):
@@ -236,7 +246,7 @@ def _backward(
                 for i in range(count):
                     v = zero
                     if t > 0:
-                        v = u[(t - 1) * neurons + begin + i]
+                        v = u_block[(t - 1) * u_step + i]
                         if v - threshold >= zero:
                             v = zero if reset == 0 else v - subtract
                     elif len(v0):
@@ -312,22 +322,8 @@ def lif_forward(
     dtype = membrane_dtype(x_TB)
     s_TB, u_TB = new_steps(x_TB, dtype), new_steps(x_TB, dtype) if saves_u else None
     v_end_B = new_step(x_TB, dtype) if needs_end else None
-    _run_forward(x_TB, v_B, learnt_decay, constants, s_TB, v_end_B, u_TB)
-    return s_TB.to(x_TB.dtype), v_end_B, u_TB
-
-
-def _run_forward(
-    x_TB: Tensor,
-    v_B: Tensor | None,
-    learnt_decay: Tensor | None,
-    constants: Constants,
-    s_TB: Tensor | None,
-    v_end_B: Tensor | None,
-    u_TB: Tensor | None,
-) -> None:
-    """Fill those of the last three that are given."""
-    dtype = membrane_dtype(x_TB)
-    if x_TB.dtype != dtype:
+    x_dtype = x_TB.dtype
+    if x_dtype != dtype:
         if constants.beta != 1:  # rounded in its own dtype, as in eager
             x_TB, constants = x_TB / constants.beta, constants._replace(beta=1.0)
         x_TB = x_TB.to(dtype)
@@ -341,11 +337,12 @@ def _run_forward(
         x_TB.data_ptr(),
         _step(x_TB),
         _address(v_B),
-        _address(s_TB),
+        s_TB.data_ptr(),
         _address(v_end_B),
         _address(u_TB),
         *_numbers(constants, learnt_decay, dtype),
     )
+    return s_TB.to(x_dtype), v_end_B, u_TB
 
 
 def lif_backward(
@@ -362,27 +359,26 @@ def lif_backward(
     reset_gradient, cut and needs_v.
     """
     constants, (surrogate, a, b, reset_gradient, cut, needs_v) = Constants(*about[:7]), about[7:]
-    if u_TB is None:
-        assert x_TB is not None
-        u_TB = new_steps(x_TB, membrane_dtype(x_TB))
-        _run_forward(x_TB, v_B, learnt_decay, constants, None, None, u_TB)
-    f, neurons = _DTYPES[u_TB.dtype], math.prod(u_TB.shape[1:])
-    g_x_TB = torch.empty_like(u_TB)
-    g_v0_B = new_step(u_TB, u_TB.dtype) if needs_v else None
+    like = x_TB if u_TB is None else u_TB
+    assert like is not None
+    wide = membrane_dtype(like)
+    f, steps, neurons = _DTYPES[wide], len(like), math.prod(like.shape[1:])
+    g_x_TB = new_steps(like, wide)
+    g_v0_B = new_step(like, wide) if needs_v else None
     sums = _NO_SUMS if learnt_decay is None else np.empty(-(-neurons // BLOCK))
     last_beta = 1.0
-    if u_TB.dtype != dtype:  # scaled and rounded in the tensors' own dtype, as in eager
+    if wide != dtype:  # scaled and rounded in the tensors' own dtype, as in eager
         last_beta = constants.beta
-        g_s_TB = None if g_s_TB is None else (g_s_TB * constants.gain).to(u_TB.dtype)
-        x_TB = None if x_TB is None else (x_TB / last_beta).to(u_TB.dtype)
+        g_s_TB = None if g_s_TB is None else (g_s_TB * constants.gain).to(wide)
+        x_TB = None if x_TB is None else (x_TB / last_beta).to(wide)
         constants = constants._replace(gain=1.0, beta=1.0)
     _in_threads(
         _backward,
         neurons,
-        u_TB.numel(),
+        neurons * steps,
         neurons,
-        len(u_TB),
-        u_TB.data_ptr(),
+        steps,
+        _address(u_TB),
         _address(v_B),
         _address(x_TB),
         _step(x_TB),
@@ -392,7 +388,7 @@ def lif_backward(
         g_x_TB.data_ptr(),
         _address(g_v0_B),
         sums,
-        *_numbers(constants, learnt_decay, u_TB.dtype),
+        *_numbers(constants, learnt_decay, wide),
         surrogate,
         f(a),
         f(b),
