@@ -126,14 +126,9 @@ def print_suite(
         runs = [read_run(path) for name, path in done.items() if name in runs_of(folder)]
         ended = [run for run in runs if run.protocol != "trial"]
         studies = {run.study for run in ended if run.is_finished}
-        print_comparison(
-            folder.parent,
-            folders=[run.folder for run in ended if run.study in studies],
-            format=format,
-            against=against,
-            within=within,
-            console=console,
-        )
+        compared = [run.folder for run in ended if run.study in studies]
+        how: Any = {"format": format, "against": against, "within": within, "console": console}
+        print_comparison(folder.parent, folders=compared, **how)
         for run in (run for run in ended if run.study not in studies):
             say(notes_console, f"{run.name} diverged, and so did all other ended runs of its study")
         for sweep in _measured_sweeps(folder) if format == "table" else ():

@@ -168,7 +168,6 @@ class HLOP(Rule):
         self.error: Error = error
         self.skip = tuple(skip)
         self.register_buffer("task", torch.tensor([0]))
-        self._has_old_task = False  # whether `task` > 0
         self.subspaces: Any = nn.ModuleList()
         self._recorders: list[InputRecorder] = []
         self._feedback: list[FixedFeedback] = []
@@ -201,7 +200,7 @@ class HLOP(Rule):
                 f" got {self.inner.label}"
             )
         self._mark_attached(model, world, over_time)
-        self._has_old_task = False
+        self._has_old_task = False  # whether `task` > 0
         self.task = torch.tensor([0])  # not `zeros`, because fake tensors would have no value
         self.subspaces = nn.ModuleList(
             Subspace(

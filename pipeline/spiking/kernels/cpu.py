@@ -202,16 +202,16 @@ def _backward(
     g_v_end = carray(_pointer(g_v_end_at, decay), neurons if g_v_end_at else 0)
     g_x = carray(_pointer(g_x_at, decay), size)
     g_v0 = carray(_pointer(g_v0_at, decay), neurons if g_v0_at else 0)
-    g_v, g = np.empty(BLOCK, u.dtype), np.empty(BLOCK, u.dtype)
+    g_v, g, v = np.empty(BLOCK, u.dtype), np.empty(BLOCK, u.dtype), np.empty(BLOCK, u.dtype)
     u_of = np.empty(0 if u_at else steps * BLOCK, u.dtype)
     for begin in range(first, end, BLOCK):
         stop = min(begin + BLOCK, end)
         count = stop - begin
         u_block, u_step = (u[begin:], neurons) if u_at else (u_of, count)
         if u_at == 0:
-            before = begin * u.itemsize  # bytes
+            offset = begin * u.itemsize  # bytes
             _forward(
-                0, count, count, steps, x_at + before, x_step, v0_at + before if v0_at else 0, 0, 0,
+                0, count, count, steps, x_at + offset, x_step, v0_at + offset if v0_at else 0, 0, 0,
                 u_of.ctypes.data, charge, decay, current, threshold, reset, subtract, gain, beta,
                 resets_first,
             )  # fmt: skip
@@ -243,19 +243,19 @@ def _backward(
                     for i in range(count):
                         g[i] += g_v[i]
             if len(g_decay):
+                v[:] = zero
+                if t > 0:
+                    before = u_block[(t - 1) * u_step : (t - 1) * u_step + count]
+                    _after_reset(before, v, threshold, reset, subtract)
+                elif len(v0) and resets_first:
+                    _after_reset(v0[begin:stop], v, threshold, reset, subtract)
+                elif len(v0):
+                    v[:count] = v0[begin:stop]
+                if charge >= 2:
+                    for i in range(count):
+                        v[i] -= x[t * x_step + begin + i] / beta
                 for i in range(count):
-                    v = zero
-                    if t > 0:
-                        v = u_block[(t - 1) * u_step + i]
-                        if v - threshold >= zero:
-                            v = zero if reset == 0 else v - subtract
-                    elif len(v0):
-                        v = v0[begin + i]
-                        if resets_first and v - threshold >= zero:
-                            v = zero if reset == 0 else v - subtract
-                    if charge >= 2:
-                        v -= x[t * x_step + begin + i] / beta
-                    total += g[i] * v
+                    total += g[i] * v[i]
             g_x_t = g_x[t * neurons + begin : t * neurons + stop]
             if current != one or beta != one:
                 for i in range(count):
