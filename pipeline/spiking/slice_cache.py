@@ -56,8 +56,8 @@ class SliceCache:
         self.frame_B: Tensor | None = None
         self._is_computing = False
         self._computed: list[tuple[State, str, Tensor]] = []
-        # Gradients that no slice has given to its weight yet, by the state of the synapse.
-        self.postponed: dict[State, tuple[Tensor, Callable[[], Tensor]]] = {}
+        # Gradients that no slice has given to its weight yet (`synapse.py`).
+        self.postponed: dict[State, Any] = {}
 
     @property
     def collects_gradients(self) -> bool:
@@ -104,7 +104,7 @@ class SliceCache:
         given: list[tuple[Tensor, Callable[[], Tensor | None]]] = [
             (y, partial(state.read, f"gradient of {name}")) for state, name, y in self._computed
         ]
-        given += self.postponed.values()
+        given += ((each.root, each.gradient) for each in self.postponed.values())
         if not given:
             return loss
         values, gradients = zip(*given, strict=True)

@@ -103,12 +103,13 @@ class Linear(nn.Linear, _Synapse):
                 "Linear: the input must be time first, [T, B, ..., C]; got shape"
                 f" {tuple(input.shape)}"
             )
+        postpones = weight is None and _postpones(self, input)
         weight, bias = _operands(self, input, weight)
-        if not _is_changed(self, input):
+        if not (postpones or _is_changed(self, input)):
             if is_static(input):
                 return repeat(F.linear(frame_of(input), weight, bias), len(input))
             return F.linear(input, weight, bias)
-        return _with_seams(self, input, weight, bias)
+        return _with_seams(self, input, weight, bias, postpones=postpones)
 
 
 class Conv2d(nn.Conv2d, _Synapse):
@@ -147,11 +148,12 @@ class Conv2d(nn.Conv2d, _Synapse):
                 "Conv2d: the input must be time first, [T, B, C, H, W]; got shape"
                 f" {tuple(input.shape)}"
             )
+        postpones = weight is None and _postpones(self, input)
         weight, bias = _operands(self, input, weight)
-        if not _is_changed(self, input):
+        if not (postpones or _is_changed(self, input)):
             return apply_folded(lambda x_NCHW: self._conv_forward(x_NCHW, weight, bias), input)
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        return _with_seams(self, input, weight, bias, geometry)
+        return _with_seams(self, input, weight, bias, geometry, postpones=postpones)
 
 
 def effective_weight(synapse: Linear | Conv2d) -> Tensor:
@@ -245,7 +247,7 @@ def pack_spikes(model: nn.Module) -> None:
 def _is_changed(synapse: Linear | Conv2d, x_TB: Tensor) -> bool:
     """Whether the backward is not torch's own."""
     has_seam = synapse.presynaptic is not None or synapse.backward_weight is not None
-    return has_seam or _packed_height(synapse, x_TB) is not None or _postpones(synapse, x_TB)
+    return has_seam or _packed_height(synapse, x_TB) is not None
 
 
 def _postpones(synapse: Linear | Conv2d, x_TB: Tensor) -> bool:
@@ -258,8 +260,13 @@ def _postpones(synapse: Linear | Conv2d, x_TB: Tensor) -> bool:
     cache = synapse.slice_cache
     if cache is None or not cache.collects_gradients or not synapse.weight.requires_grad:
         return False
+    earlier = cache.postponed.get(synapse.state)
+    if earlier is not None and earlier.shape != x_TB.shape[1:]:
+        return False  # it runs at several sizes
     if cache.is_last:
-        return synapse.state.read("kept input 0") is not None
+        return earlier is not None
+    if is_static(x_TB) and len(x_TB) > 1:
+        return False  # one frame is computed
     outputs, inputs, *_ = synapse.weight.shape
     stride = math.prod(synapse.stride) if isinstance(synapse, Conv2d) else 1
     inputs *= synapse.groups if isinstance(synapse, Conv2d) else 1
@@ -273,16 +280,19 @@ class _Postponed:
     The state of the synapse keeps the factor and the output gradient of each earlier slice.
     """
 
-    def __init__(self, synapse: Linear | Conv2d, weight: Tensor, geometry: Any) -> None:
+    def __init__(
+        self, synapse: Linear | Conv2d, x_TB: Tensor, weight: Tensor, geometry: Any
+    ) -> None:
         cache = synapse.slice_cache
         assert cache is not None
         self.state, self.weight, self.geometry = synapse.state, weight.detach(), geometry
+        self.shape = x_TB.shape[1:]
+        self.root = self.state.values.get("y", synapse.weight)  # gets the gradient
         self.is_last = cache.is_last
         if self.is_last:
-            cache.postponed.pop(self.state, None)
+            del cache.postponed[self.state]
         else:  # unless the synapse runs in the last slice, too
-            root = self.state.values.get("y", synapse.weight)
-            cache.postponed[self.state] = root, self.gradient
+            cache.postponed[self.state] = self
 
     def keep(self, factor_TB: Tensor, g_TB: Tensor) -> None:
         number = sum(name.startswith("kept input") for name in self.state.values)
@@ -325,8 +335,11 @@ def _with_seams(
     weight: Tensor,
     bias: Tensor | None,
     geometry: tuple[Any, ...] | None = None,
+    *,
+    postpones: bool,
 ) -> Tensor:
-    """The output of a synapse with a seam or packed spikes, with its own backward.
+    """The output of a synapse with a seam, packed spikes or a postponed gradient, with its own
+    backward.
 
     `geometry` has stride, padding, dilation and groups of a convolution; None: the synapse is a
     `Linear`.
@@ -344,8 +357,8 @@ def _with_seams(
         )
     dtype = autocast_dtype(x_TB) or weight.dtype
     postponed = None
-    if _postpones(synapse, x_TB):
-        postponed = _Postponed(synapse, weight.to(dtype), geometry)
+    if postpones:
+        postponed = _Postponed(synapse, x_TB, weight.to(dtype), geometry)
         if not postponed.is_last:  # no gradient must reach the weight, or its hooks would see None
             weight = weight.detach().requires_grad_()
     return _WithSeams.apply(  # type: ignore[return-value]

@@ -248,6 +248,27 @@ def test_gradients_of_large_weights_are_computed_together(
     assert states - alone <= (1 + shared) * 8 * (60 * 50 + 4 * 60)
 
 
+class Sizes(nn.Module):
+    """One synapse at two sizes, and with a weight that is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = Conv2d(4, 16, 7, padding=3)
+        self.linear = Linear(16, 64)
+
+    def forward(self, x_TBCHW: Tensor) -> Tensor:
+        small_TB = self.conv(x_TBCHW[..., ::3, ::3]).mean((-2, -1))
+        tiny_TB = self.conv(x_TBCHW[..., :1, :1]).mean((-2, -1))
+        both_TB = small_TB + tiny_TB
+        return self.linear(both_TB) + self.linear(both_TB, self.linear.weight.abs())
+
+
+def test_postponed_gradients_of_a_synapse_at_two_sizes_and_with_a_given_weight() -> None:
+    x_BCHW, target_B = images(3)
+    layers = (Conv2d(2, 4, 3, padding=1), LIF(**NEURON), Sizes(), Linear(64, 3))
+    check_alone(SLTT, lively(nn.Sequential(*layers)), repeat(x_BCHW, STEPS), target_B)
+
+
 @pytest.mark.parametrize("weights", ["plain", "standardized"])
 def test_no_gradient_of_large_weights_is_lost_if_the_last_slice_does_not_run_them(
     weights: Any,
