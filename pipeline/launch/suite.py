@@ -271,6 +271,11 @@ def _measure(measurement: Measurement, runs: Mapping[str, Path], trust: tuple[st
             not differences, f"the runs must have been trained on this hardware; got {differences}"
         )
     rules, options = [each.rule for each in recipes], dict(measurement.options)
+    labels = [rule.build().label for rule in rules]
+    require(
+        len({*labels}) == len(labels),
+        f"the recipes of a measurement must have different rules; got {', '.join(labels)}",
+    )
     if measurement.kind == "sweep":
         from pipeline.forecast.sweep import sweep
 

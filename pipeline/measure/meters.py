@@ -166,15 +166,17 @@ class Meters:
         self.totals.batches += 1
 
     def drop(self, step: int) -> None:
-        """Count the seconds of batch `step` as skipped, and nothing else of it but peaks of memory.
-        The quantity that was due on it is counted on the next batch. The batch must have been
-        completed after the last `take`.
+        """Remove batch `step` from the totals. Its seconds count as skipped, and its memory peaks
+        stay. The quantity that was due on it is counted on another batch.
+
+        The batch must have been completed after the last `take`.
         """
         [batch] = [each for each in self._unread if each.step == step]
         batch.is_dropped = True
         if batch.counted is not None:
             self._due.setdefault(batch.counted)
-        vars(self.totals).update(batch.operations_before)
+        if batch.counted == "operations":
+            vars(self.totals).update(batch.operations_before)
         self._batches.remove(batch)
         self.totals.backward_calls -= batch.backward_calls
         self.totals.batches -= 1

@@ -70,6 +70,8 @@ def points_of(sweep: Mapping[str, Any]) -> list[Point]:
 def print_by_time_steps(sweep: Mapping[str, Any], console: Console) -> None:
     """Print the saved bytes and the time of each rule, with a column for each T."""
     points = {(each.rule, each.time_steps): each for each in points_of(sweep)}
+    if not points:
+        return
     rules, steps = ([*dict.fromkeys(key)] for key in zip(*points, strict=True))
     cells: dict[str, Callable[[Point], str]] = {
         "saved bytes": lambda each: f"{each.saved / 1e6:.4g} MB",

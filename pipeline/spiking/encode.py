@@ -42,8 +42,16 @@ def frame_of(x_TB: Tensor) -> Tensor:
     For the result of `repeat` it is the repeated tensor. The backward of `x_TB[0]` would fill a
     tensor of all steps with zeros, and sum it.
     """
-    frame_B = getattr(x_TB, "frame_B", None)
+    frame_B = repeated_frame(x_TB)
     return x_TB[0] if frame_B is None else frame_B
+
+
+def repeated_frame(x_TB: Tensor) -> Tensor | None:
+    """The frame of a result of `repeat`; None for another tensor, or if the gradient of `x_TB`
+    itself is asked for.
+    """
+    is_leaf = x_TB.requires_grad and x_TB.grad_fn is None
+    return None if is_leaf else getattr(x_TB, "frame_B", None)
 
 
 def is_static(x_TB: Tensor) -> bool:

@@ -200,6 +200,11 @@ class LIF(nn.Module):
                 "LIF: within one fresh_state all time steps must have the same shape; "
                 f"got {tuple(x_TB.shape[1:])} after {tuple(v_B.shape)}"
             )
+        if v_B is not None and v_B.dtype != membrane_dtype(x_TB):
+            raise ValueError(
+                "LIF: within one fresh_state all time steps must have the same precision; got"
+                f" {x_TB.dtype} after a membrane of {v_B.dtype}"
+            )
         return v_B
 
     def learnt_decay(self) -> Tensor | None:

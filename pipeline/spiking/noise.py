@@ -68,4 +68,4 @@ def _bits(keys_B: Tensor, count: int) -> Tensor:
     return mix(keys_B[:, None] + torch.arange(1, count + 1, device=keys_B.device) * INCREMENT)
 
 
-_LOW32, _LOW64 = (1 << 32) - 1, (1 << 64) - 1
+_LOW32 = (1 << 32) - 1

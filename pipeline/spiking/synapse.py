@@ -251,22 +251,26 @@ def _is_changed(synapse: Linear | Conv2d, x_TB: Tensor) -> bool:
 
 
 def _postpones(synapse: Linear | Conv2d, x_TB: Tensor) -> bool:
-    """Whether the last slice of the batch computes the weight gradients of all slices.
+    """Whether the weight gradient of this slice is computed with those of other slices, at the last
+    slice of the batch.
 
-    One product over all slices is faster than a product and an addition for each. The slices'
+    One product over all these slices is faster than a product and an addition for each. Their
     inputs and output gradients are kept for it, so they must take at most a quarter of the weight's
-    memory. Then the growth of memory with the batch hardly changes where this stops.
+    memory. Then the growth of memory with the batch hardly changes where this stops. The last slice
+    computes its own gradient.
     """
     cache = synapse.slice_cache
-    if cache is None or not cache.collects_gradients or not synapse.weight.requires_grad:
+    if (
+        cache is None
+        or cache.is_last
+        or not cache.collects_gradients
+        or not synapse.weight.requires_grad
+        or (is_static(x_TB) and len(x_TB) > 1)  # one frame is computed
+    ):
         return False
     earlier = cache.postponed.get(synapse.state)
     if earlier is not None and earlier.shape != x_TB.shape[1:]:
         return False  # it runs at several sizes
-    if cache.is_last:
-        return earlier is not None
-    if is_static(x_TB) and len(x_TB) > 1:
-        return False  # one frame is computed
     outputs, inputs, *_ = synapse.weight.shape
     stride = math.prod(synapse.stride) if isinstance(synapse, Conv2d) else 1
     inputs *= synapse.groups if isinstance(synapse, Conv2d) else 1
@@ -277,33 +281,28 @@ def _postpones(synapse: Linear | Conv2d, x_TB: Tensor) -> bool:
 class _Postponed:
     """The weight gradients of one synapse in the slices of a batch, to be computed together.
 
-    The state of the synapse keeps the factor and the output gradient of each earlier slice.
+    The state of the synapse keeps the factor and the output gradient of each slice.
     """
 
     def __init__(
         self, synapse: Linear | Conv2d, x_TB: Tensor, weight: Tensor, geometry: Any
     ) -> None:
-        cache = synapse.slice_cache
-        assert cache is not None
         self.state, self.weight, self.geometry = synapse.state, weight.detach(), geometry
         self.shape = x_TB.shape[1:]
         self.root = self.state.values.get("y", synapse.weight)  # gets the gradient
-        self.is_last = cache.is_last
-        if self.is_last:
-            del cache.postponed[self.state]
-        else:  # unless the synapse runs in the last slice, too
-            cache.postponed[self.state] = self
+        assert synapse.slice_cache is not None
+        synapse.slice_cache.postponed[self.state] = self
 
     def keep(self, factor_TB: Tensor, g_TB: Tensor) -> None:
         number = sum(name.startswith("kept input") for name in self.state.values)
         self.state.write(f"kept input {number}", factor_TB)
         self.state.write(f"kept gradient {number}", g_TB)
 
-    def gradient(self) -> Tensor:
+    def gradient(self) -> Tensor | None:
         """The weight gradient of all kept slices, which are then forgotten."""
         names = [name for name in self.state.values if name.startswith("kept ")]
         kept = [self.state.values.pop(name) for name in names]
-        return _weight_gradient(kept[::2], kept[1::2], self.weight, self.geometry)
+        return _weight_gradient(kept[::2], kept[1::2], self.weight, self.geometry) if kept else None
 
 
 def _weight_gradient(
@@ -359,8 +358,7 @@ def _with_seams(
     postponed = None
     if postpones:
         postponed = _Postponed(synapse, x_TB, weight.to(dtype), geometry)
-        if not postponed.is_last:  # no gradient must reach the weight, or its hooks would see None
-            weight = weight.detach().requires_grad_()
+        weight = weight.detach().requires_grad_()  # hooks of the weight itself would see None
     return _WithSeams.apply(  # type: ignore[return-value]
         x_TB.to(dtype),
         factor_TB.to(dtype),
@@ -407,7 +405,6 @@ class _WithSeams(torch.autograd.Function):
         if ctx.postponed is not None and needs_weight:
             needs_weight = False
             ctx.postponed.keep(factor_TB, g_TB)
-            g_weight = ctx.postponed.gradient() if ctx.postponed.is_last else None
             if needs_bias and ctx.geometry is not None:
                 # A CPU would compute the weight gradient with that of the bias.
                 needs_bias, g_bias = False, g_TB.sum((0, 1, 3, 4))

@@ -8,12 +8,9 @@ Result:   top-1 of BPTT 0.8956, SLTT 0.8962, SLTT-1 0.8975; peak saved bytes of 
           of BPTT's, compute time 1.03 and 0.54 of it; one seed, 7 min; commit 5892d53e4eab, Intel
           Xeon.
 
-SLTT-1 differentiates one random time step of the ten. `rescale` multiplies its gradient by ten, so
-that its expectation is SLTT's. The published rule is not rescaled: under SGD that is a learning
-rate ten times smaller.
-
-With two workers each holds 128 images. SLTT calls the network once per time step, and each call has
-a fixed cost, so with fewer images SLTT is slower.
+SLTT-1 differentiates one random time step of ten, and `rescale` multiplies its gradient by ten. The
+published rule is not rescaled: under SGD that is a tenth of the learning rate. SLTT calls the
+network once per time step, which has a fixed cost, so each of two workers holds 128 images.
 """
 
 from dataclasses import replace

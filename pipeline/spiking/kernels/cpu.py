@@ -187,8 +187,8 @@ def _times_derivative(g, u, threshold, surrogate, a, b):
 @compiled
 def _backward(
     first, end, neurons, steps, u_at, v0_at, x_at, x_step, g_s_at, g_s_step, g_v_end_at, g_x_at,
-    g_v0_at, g_decay, charge, decay, current, threshold, reset, subtract, gain, beta, resets_first,
-    surrogate, a, b, reset_gradient, cut,
+    g_x_step, g_v0_at, g_decay, charge, decay, current, threshold, reset, subtract, gain, beta,
+    resets_first, surrogate, a, b, reset_gradient, cut,
 ):  # fmt: skip
     """As `_forward`. `g_decay` has one sum for each block; empty: the decay is not learnt. Without
     `u_at`, u of each block is computed again.
@@ -200,7 +200,7 @@ def _backward(
     x = carray(_pointer(x_at, decay), x_step * (steps - 1) + neurons if x_at else 0)
     g_s = carray(_pointer(g_s_at, decay), g_s_step * (steps - 1) + neurons if g_s_at else 0)
     g_v_end = carray(_pointer(g_v_end_at, decay), neurons if g_v_end_at else 0)
-    g_x = carray(_pointer(g_x_at, decay), size)
+    g_x = carray(_pointer(g_x_at, decay), g_x_step * (steps - 1) + neurons)
     g_v0 = carray(_pointer(g_v0_at, decay), neurons if g_v0_at else 0)
     g_v, g, v = np.empty(BLOCK, u.dtype), np.empty(BLOCK, u.dtype), np.empty(BLOCK, u.dtype)
     u_of = np.empty(0 if u_at else steps * BLOCK, u.dtype)
@@ -256,8 +256,11 @@ def _backward(
                         v[i] -= x[t * x_step + begin + i] / beta
                 for i in range(count):
                     total += g[i] * v[i]
-            g_x_t = g_x[t * neurons + begin : t * neurons + stop]
-            if current != one or beta != one:
+            g_x_t = g_x[t * g_x_step + begin : t * g_x_step + stop]
+            if g_x_step == 0 and t < steps - 1:
+                for i in range(count):
+                    g_x_t[i] += g[i] * current / beta
+            elif current != one or beta != one:
                 for i in range(count):
                     g_x_t[i] = g[i] * current / beta
             else:
@@ -356,14 +359,15 @@ def lif_backward(
     *about: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The backward of `neuron.py`. `about`: the `Constants`, three numbers of the surrogate,
-    reset_gradient, cut and needs_v.
+    reset_gradient, cut, needs_v and sums_steps.
     """
-    constants, (surrogate, a, b, reset_gradient, cut, needs_v) = Constants(*about[:7]), about[7:]
+    constants, (surrogate, a, b, reset_gradient, cut) = Constants(*about[:7]), about[7:12]
+    needs_v, sums_steps = about[12:]
     like = x_TB if u_TB is None else u_TB
     assert like is not None
     wide = membrane_dtype(like)
     f, steps, neurons = _DTYPES[wide], len(like), math.prod(like.shape[1:])
-    g_x_TB = new_steps(like, wide)
+    g_x_TB = new_steps(like[:1] if sums_steps else like, wide)
     g_v0_B = new_step(like, wide) if needs_v else None
     sums = _NO_SUMS if learnt_decay is None else np.empty(-(-neurons // BLOCK))
     last_beta = 1.0
@@ -386,6 +390,7 @@ def lif_backward(
         _step(g_s_TB),
         _address(g_v_B),
         g_x_TB.data_ptr(),
+        0 if sums_steps else neurons,
         _address(g_v0_B),
         sums,
         *_numbers(constants, learnt_decay, wide),

@@ -104,13 +104,14 @@ def _backward(
     HAS_V: tl.constexpr, LEARNT: tl.constexpr, SCALES: tl.constexpr, HAS_G_S: tl.constexpr,
     HAS_G_V: tl.constexpr, NEEDS_V: tl.constexpr, SURROGATE: tl.constexpr,
     RESET_GRADIENT: tl.constexpr, CUT: tl.constexpr, RESETS_FIRST: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SUMS_STEPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < neurons
     if LEARNT:
         decay = tl.load(learnt_decay).to(tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
+    sum_of_steps = tl.zeros((BLOCK,), tl.float32)
     g_v = tl.load(g_v_end + i, mask, 0.0) if HAS_G_V else tl.zeros((BLOCK,), tl.float32)
     first = tl.load(v0 + i, mask, 0.0) if HAS_V else tl.zeros((BLOCK,), tl.float32)
     if RESETS_FIRST:
@@ -151,12 +152,17 @@ def _backward(
             current = g * (1.0 - decay)
         if SCALES:
             current = current.to(g_x.dtype.element_ty).to(tl.float32) * inverse_beta
-        tl.store(g_x + t * neurons + i, current.to(g_x.dtype.element_ty), mask)
+        if SUMS_STEPS:
+            sum_of_steps += current
+        else:
+            tl.store(g_x + t * neurons + i, current.to(g_x.dtype.element_ty), mask)
         g_v = g * decay
         if NEEDS_V and t == 0:
             tl.store(g_v0 + i, g_v, mask)
         if CUT:
             g_v = tl.zeros((BLOCK,), tl.float32)
+    if SUMS_STEPS:
+        tl.store(g_x + i, sum_of_steps.to(g_x.dtype.element_ty), mask)
     if LEARNT:
         tl.store(g_decay + tl.program_id(0), tl.sum(tl.where(mask, total, 0.0), 0))
 
@@ -214,12 +220,13 @@ def lif_backward(
     reset_gradient: bool,
     cut: bool,
     needs_v: bool,
+    sums_steps: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The backward of `neuron.py`."""
     like = x_TB if u_TB is None else u_TB
     assert like is not None
     steps, neurons = len(like), math.prod(like.shape[1:])
-    g_x_TB = new_steps(like, dtype)
+    g_x_TB = new_steps(like[:1] if sums_steps else like, dtype)
     g_v0_B = new_step(like, torch.float32) if needs_v else None
     sums = None
     if learnt_decay is not None:
@@ -232,7 +239,7 @@ def lif_backward(
         HAS_V=v_B is not None, LEARNT=learnt_decay is not None, SCALES=beta != 1,
         HAS_G_S=g_s_TB is not None, HAS_G_V=g_v_B is not None, NEEDS_V=needs_v,
         SURROGATE=surrogate, RESET_GRADIENT=reset_gradient, CUT=cut, RESETS_FIRST=resets_first,
-        BLOCK=BLOCK,
+        SUMS_STEPS=sums_steps, BLOCK=BLOCK,
         enable_fp_fusion=False,
     )  # fmt: skip
     g_decay = None

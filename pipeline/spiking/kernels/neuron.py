@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.spiking.encode import is_static
+from pipeline.spiking.encode import is_static, repeated_frame
 from pipeline.spiking.kernels.operators import (
     define,
     dense,
@@ -84,7 +84,8 @@ def run(
         v_B: the first membrane; None: 0.
         cut: whether the membrane is a constant between time steps. Then the last has no graph.
     """
-    x_TB = dense(x_TB)
+    frame_B = repeated_frame(x_TB)
+    x_TB, steps = dense(x_TB), len(x_TB)
     constants = constants._replace(resets_first=is_before_reset(v_B))
     v_B = None if v_B is None else like(v_B, x_TB)
     needs_backward = torch.is_grad_enabled() and any(
@@ -92,8 +93,10 @@ def run(
     )
     saves_u = needs_backward and not _inputs_are_smaller(x_TB, v_B)
     ends_in_u = saves_u and cut and len(x_TB) == 1
+    if steps > 1 and frame_B is not None and is_static(x_TB):
+        x_TB = frame_B.unsqueeze(0)  # the kernel sums the gradients of the steps
     s_TB, end_B = _Fused.apply(  # type: ignore[misc]
-        *(x_TB, v_B, learnt_decay, constants, surrogate, reset_gradient, cut),
+        *(x_TB, steps, v_B, learnt_decay, constants, surrogate, reset_gradient, cut),
         *(needs_backward, saves_u, ends_in_u),
     )
     return s_TB, mark_before_reset(end_B) if ends_in_u else end_B
@@ -129,6 +132,7 @@ class _Fused(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_TB: Tensor,
+        steps: int,
         v_B: Tensor | None,
         learnt_decay: Tensor | None,
         constants: Constants,
@@ -139,6 +143,9 @@ class _Fused(torch.autograd.Function):
         saves_u: bool,
         ends_in_u: bool,
     ) -> tuple[Tensor, Tensor]:
+        ctx.is_one_frame = len(x_TB) < steps
+        if ctx.is_one_frame:
+            x_TB = x_TB.expand(steps, *x_TB.shape[1:])
         s_TB, end_B, u_TB = kernel("lif_forward", x_TB)(
             x_TB, v_B, learnt_decay, None, *constants, saves_u, not ends_in_u
         )
@@ -166,7 +173,7 @@ class _Fused(torch.autograd.Function):
         u_TB, x_TB, v_B, learnt_decay = ctx.saved_tensors
         kept = x_TB if u_TB is None else u_TB
         g_s_TB, g_v_B = grad_outputs
-        _, needs_v, *_ = ctx.needs_input_grad
+        needs_v = ctx.needs_input_grad[2]
         g_x_TB, g_v_B, g_decay = kernel("lif_backward", kept)(
             u_TB,
             x_TB,
@@ -177,8 +184,9 @@ class _Fused(torch.autograd.Function):
             ctx.dtype,
             *ctx.arguments,
             needs_v,
+            ctx.is_one_frame,
         )
-        return g_x_TB, g_v_B, g_decay, *[None] * 7
+        return g_x_TB, None, g_v_B, g_decay, *[None] * 7
 
 
 def _inputs_are_smaller(x_TB: Tensor, v_B: Tensor | None) -> bool:
@@ -203,10 +211,10 @@ def _fake_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     kept = x_TB if u_TB is None else u_TB
     assert kept is not None
-    _, _, dtype, *_, needs_v = args
+    _, _, dtype, *_, needs_v, sums_steps = args
     g_v_B = new_step(kept, membrane_dtype(kept)) if needs_v else None
     g_decay = None if learnt_decay is None else torch.empty_like(learnt_decay)
-    return new_steps(kept, dtype), g_v_B, g_decay
+    return new_steps(kept[:1] if sums_steps else kept, dtype), g_v_B, g_decay
 
 
 _NEURON = (
@@ -221,6 +229,6 @@ define(
 define(
     "lif_backward(Tensor? u, Tensor? x, Tensor? v, Tensor? learnt_decay, Tensor? g_s, Tensor? g_v,"
     f" ScalarType dtype, {_NEURON}, int surrogate, float a, float b, bool reset_gradient, bool cut,"
-    " bool needs_v) -> (Tensor, Tensor?, Tensor?)",
+    " bool needs_v, bool sums_steps) -> (Tensor, Tensor?, Tensor?)",
     _fake_backward,
 )

@@ -123,9 +123,10 @@ def fuse(optimizer: torch.optim.Optimizer) -> bool:
     kernel can skip a step by a flag on the device.
 
     A checkpoint may come from another kind of device, so loading one keeps how steps are computed.
-    Returns whether steps can be skipped so.
+    Returns whether `Backend.step` accepts a flag on the device.
     """
-    if type(optimizer) not in _FUSED:
+    dampens = any(group.get("dampening") for group in optimizer.param_groups)
+    if type(optimizer) not in _FUSED or dampens:  # a first step is not dampened
         return False
     groups = optimizer.param_groups
     if all(parameter.is_cuda for group in groups for parameter in group["params"]):
@@ -138,7 +139,32 @@ def fuse(optimizer: torch.optim.Optimizer) -> bool:
         return {**state, "param_groups": kept}
 
     optimizer.register_load_state_dict_pre_hook(keep_how)
-    return all(group["fused"] for group in groups)
+    if not all(group["fused"] for group in groups):
+        return False
+    optimizer.register_load_state_dict_post_hook(_in_order_of_weights)
+    if type(optimizer) is torch.optim.SGD:
+        optimizer.register_step_pre_hook(_make_momenta)
+    return True
+
+
+def _in_order_of_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Give the state the weights' order of memory, which the kernel requires."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            is_like = isinstance(value, Tensor) and value.shape == parameter.shape
+            if is_like and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _make_momenta(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Make missing momenta. The kernel makes them only if all are missing (torch 2.13), and leaves
+    them empty if it skips the step. A momentum of 0 gives the first step without one.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            state = optimizer.state[parameter]
+            if parameter.grad is not None and state.get("momentum_buffer") is None:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 @contextmanager

@@ -261,7 +261,9 @@ class Checkpoints:
             )
         own = f"buffers_rank{self.rank}.pt"
         # At another number of ranks the buffers keep the mean over ranks.
-        if own in files and trainer.get("world_size") == self.ranks:
+        if trainer.get("world_size") == self.ranks:
+            if own not in files:
+                raise CheckpointError(f"checkpoint {path.name}: must have {own}; it has not")
             buffers = torch.load(path / own, map_location="cpu", weights_only=True)
             backend.network.load_state_dict(buffers, strict=False)
         self.newest_step = trainer["step"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.spiking.encode import repeat
 from pipeline.spiking.kernels import cpu, operators, packing
 from pipeline.spiking.kernels.scaled_add import scaled_add
 from pipeline.spiking.neuron import LIF
@@ -174,3 +175,17 @@ def test_spikes_are_packed_into_a_bit_each(dtype: torch.dtype, kernels: bool):
         x = (torch.rand(6, 3, 4, 4) < 0.3).to(dtype).contiguous(memory_format=torch.channels_last)
         again = packing.unpack(packing.pack(x), x.shape, x.stride(), dtype, 1.0)
         assert torch.equal(again, x) and again.stride() == x.stride()
+
+
+def test_the_gradient_of_a_repeated_frame_is_summed_in_the_kernel() -> None:
+    torch.manual_seed(1)
+    frame_B, g_TB = torch.randn(2, 3000), torch.randn(5, 2, 3000)
+    found = []
+    for kernel in ("auto", "eager"):
+        lif, x_B = LIF(kernel=kernel), frame_B.clone().requires_grad_()
+        with fresh_state(lif):
+            s_TB = lif(repeat(x_B, 5), gain=2.0, beta=0.5)
+        found.append((s_TB.detach(), *torch.autograd.grad(s_TB, x_B, g_TB)))
+    (spikes, gradient), expected = found
+    assert torch.equal(spikes, expected[0])
+    assert torch.allclose(gradient, expected[1], rtol=1e-5, atol=1e-5)
