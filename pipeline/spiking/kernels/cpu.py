@@ -1,4 +1,4 @@
-"""The neuron's kernels on a CPU: numba, in blocks of neurons that stay in the CPU's first cache.
+"""The neuron's kernels on a CPU: numba, in blocks of neurons that stay in the CPU's cache.
 
 A kernel runs all time steps of a block before the next block, so memory is read and written once.
 The GIL is released, and the blocks are divided among as many threads as torch uses. The threads are
@@ -29,7 +29,7 @@ from pipeline.spiking.kernels.neuron import Constants
 from pipeline.spiking.kernels.operators import membrane_dtype, new_step, new_steps
 
 _intrinsic: Any = intrinsic  # numba's types are of what is compiled
-BLOCK = 1024  # neurons; their values of one time step take 4 kB
+BLOCK = 16384  # neurons; their values of one time step take 64 kB, long enough to be prefetched
 MIN_PER_THREAD = 1 << 15  # values; fewer take less time than to wake a thread
 
 compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = njit(
@@ -124,6 +124,7 @@ def _forward(
     v_end = carray(_pointer(v_end_at, decay), neurons if v_end_at else 0)
     u = carray(_pointer(u_at, decay), steps * neurons if u_at else 0)
     current_of, v_of = np.empty(BLOCK, x.dtype), np.empty(BLOCK, x.dtype)
+    u_of = np.empty(BLOCK, x.dtype)
     for begin in range(first, end, BLOCK):
         stop = min(begin + BLOCK, end)
         count = stop - begin
@@ -140,25 +141,24 @@ def _forward(
                 for i in range(count):
                     current_of[i] = x_t[i] / beta
                 x_t = current_of[:count]
+            u_t = u[t * neurons + begin : t * neurons + stop] if len(u) else u_of[:count]
             if charge == 0:
                 for i in range(count):
-                    v[i] = _fma(decay, v[i], x_t[i])
+                    u_t[i] = _fma(decay, v[i], x_t[i])
             elif charge == 1:
                 for i in range(count):
-                    v[i] = _fma(decay, v[i], current * x_t[i])
+                    u_t[i] = _fma(decay, v[i], current * x_t[i])
             elif decay < one / 2:  # torch.lerp
                 for i in range(count):
-                    v[i] = _fma(decay, v[i] - x_t[i], x_t[i])
+                    u_t[i] = _fma(decay, v[i] - x_t[i], x_t[i])
             else:
                 for i in range(count):
-                    v[i] = _fma(decay - one, v[i] - x_t[i], v[i])
-            if len(u):
-                u[t * neurons + begin : t * neurons + stop] = v
+                    u_t[i] = _fma(decay - one, v[i] - x_t[i], v[i])
             if len(s):
                 s_t = s[t * neurons + begin : t * neurons + stop]
                 for i in range(count):
-                    s_t[i] = gain if v[i] - threshold >= zero else zero
-            _after_reset(v, v, threshold, reset, subtract)
+                    s_t[i] = gain if u_t[i] - threshold >= zero else zero
+            _after_reset(u_t, v, threshold, reset, subtract)
 
 
 # ----------------------------------------------------------------------------------------- backward
