@@ -115,9 +115,9 @@ class Mixing:
             _beta(each, x_B.device)[quantile_B] for each in (self.cutmix, self.mixup)
         )
         is_mixed_B = uniform(MIX) < self.probability
-        one_B = torch.ones_like(mixup_B)
+        lam_B = torch.where(is_mixed_B, mixup_B, torch.ones_like(mixup_B))
         if self.cutmix == 0:
-            return torch.where(is_mixed_B, mixup_B, one_B), None
+            return lam_B, None
         is_cutmix_B = is_mixed_B
         if self.mixup > 0:
             switch = 0.5 if self.switch is None else self.switch
@@ -135,7 +135,6 @@ class Mixing:
             ]
         top_B, bottom_B, left_B, right_B = edges
         area_B = (bottom_B - top_B) * (right_B - left_B)
-        lam_B = torch.where(is_mixed_B, mixup_B, one_B)
         lam_B = torch.where(is_cutmix_B, 1 - area_B.double() / (height * width), lam_B)
         return lam_B, torch.where(is_cutmix_B[:, None], torch.stack(edges, -1), -1)
 

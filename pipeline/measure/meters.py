@@ -61,8 +61,8 @@ class _Batch:
     step: int
     kind: Literal["first", "counted", "steady"]
     counted: Quantity | None
-    # the totals' fields about operations, before the batch
-    operations_before: dict[str, Any]
+    # the totals' fields about operations, before a batch that counts them
+    operations_before: dict[str, Any] = field(default_factory=dict)
     is_dropped: bool = False
     # loss and logits of each term of the current micro-batch
     loss_terms: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -116,7 +116,7 @@ class Meters:
         self._instrument: Pausable | None = None  # observes the current batch
         self._next_instrument: Pausable | None = None  # will observe the next batch
         self._nested_s = 0.0  # seconds of sections nested in the open section between batches
-        self._batch = _Batch(-1, "first", None, {})
+        self._batch = _Batch(-1, "first", None)
         # since the last `take`: completed batches, and the seconds of each by part
         self._batches: list[_Batch] = []
         self._batch_seconds: list[dict[str, float]] = []
@@ -135,7 +135,9 @@ class Meters:
         self._started_batches += 1
         self._next_instrument = None
         kind = "first" if is_first else "steady" if counted is None else "counted"
-        self._batch = batch = _Batch(step, kind, counted, self._operations())
+        self._batch = batch = _Batch(step, kind, counted)
+        if operations is not None:
+            batch.operations_before = self._operations()
         if instrument is not None:
             self.note_peaks()
         try:
@@ -175,8 +177,7 @@ class Meters:
         batch.is_dropped = True
         if batch.counted is not None:
             self._due.setdefault(batch.counted)
-        if batch.counted == "operations":
-            vars(self.totals).update(batch.operations_before)
+        vars(self.totals).update(batch.operations_before)
         self._batches.remove(batch)
         self.totals.backward_calls -= batch.backward_calls
         self.totals.batches -= 1

@@ -26,7 +26,12 @@ from numba.extending import intrinsic, overload
 from torch import Tensor
 
 from pipeline.spiking.kernels.neuron import Constants
-from pipeline.spiking.kernels.operators import membrane_dtype, new_step, new_steps
+from pipeline.spiking.kernels.operators import (
+    membrane_dtype,
+    new_step,
+    new_steps,
+    time_stride,
+)
 
 _intrinsic: Any = intrinsic  # numba's types are of what is compiled
 BLOCK = 16384  # neurons; their values of one time step take 64 kB, long enough to be prefetched
@@ -338,7 +343,7 @@ def lif_forward(
         neurons,
         steps,
         x_TB.data_ptr(),
-        _step(x_TB),
+        time_stride(x_TB),
         _address(v_B),
         s_TB.data_ptr(),
         _address(v_end_B),
@@ -385,9 +390,9 @@ def lif_backward(
         _address(u_TB),
         _address(v_B),
         _address(x_TB),
-        _step(x_TB),
+        time_stride(x_TB),
         _address(g_s_TB),
-        _step(g_s_TB),
+        time_stride(g_s_TB),
         _address(g_v_B),
         g_x_TB.data_ptr(),
         0 if sums_steps else neurons,
@@ -418,11 +423,6 @@ def _numbers(
         *(charge, f(decay), f(current), f(threshold)),
         *(reset, f(subtract or 0), f(gain), f(beta), resets_first),
     )
-
-
-def _step(x_TB: Tensor | None) -> int:
-    """The distance between time steps; 0 for a static input."""
-    return 0 if x_TB is None or len(x_TB) == 1 else x_TB.stride(0)
 
 
 def _address(x: Tensor | None) -> int:

@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from pipeline.spiking.kernels.operators import new_step, new_steps
+from pipeline.spiking.kernels.operators import new_step, new_steps, time_stride
 
 _jit: Any = triton.jit  # its types are of what is compiled
 BLOCK = 1024
@@ -188,7 +188,7 @@ def lif_forward(
     v_end_B = new_step(x_TB, torch.float32) if needs_end else None
     u_TB = new_steps(x_TB, torch.float32) if saves_u else None
     _forward[_grid(neurons)](
-        x_TB, v_B, learnt_decay, levels, s_TB, v_end_B, u_TB, neurons, _step(x_TB),
+        x_TB, v_B, learnt_decay, levels, s_TB, v_end_B, u_TB, neurons, time_stride(x_TB),
         *_numbers(decay, threshold, subtract, gain, beta),
         STEPS=steps, CHARGE=charge, TO_ZERO=subtract is None and levels is None,
         HAS_V=v_B is not None, LEARNT=learnt_decay is not None, LEVELS=levels is not None,
@@ -233,7 +233,7 @@ def lif_backward(
         sums = torch.empty(_grid(neurons), dtype=torch.float32, device=like.device)
     _backward[_grid(neurons)](
         u_TB, x_TB, v_B, learnt_decay, g_s_TB, g_v_B, g_x_TB, g_v0_B, sums, neurons,
-        0 if x_TB is None else _step(x_TB), 0 if g_s_TB is None else _step(g_s_TB),
+        time_stride(x_TB), time_stride(g_s_TB),
         *_numbers(decay, threshold, subtract, gain, beta), a, b,
         STEPS=steps, CHARGE=charge, TO_ZERO=subtract is None, HAS_U=u_TB is not None,
         HAS_V=v_B is not None, LEARNT=learnt_decay is not None, SCALES=beta != 1,
@@ -290,7 +290,15 @@ def scaled_add_forward(x_TB: Tensor, b_TB: Tensor, gain: Tensor, alpha: float) -
     """The forward of `scaled_add.py`."""
     y_TB, size = new_steps(b_TB, b_TB.dtype), math.prod(b_TB.shape[1:])
     _scaled_add[(*_grid(size), len(b_TB))](
-        x_TB, b_TB, gain, y_TB, float(alpha), size, _step(x_TB), _step(b_TB), BLOCK=BLOCK
+        x_TB,
+        b_TB,
+        gain,
+        y_TB,
+        float(alpha),
+        size,
+        time_stride(x_TB),
+        time_stride(b_TB),
+        BLOCK=BLOCK,
     )
     return y_TB
 
@@ -303,14 +311,18 @@ def scaled_add_backward(
     grid = (*_grid(size), len(b_TB))
     sums = torch.empty(grid, dtype=torch.float32, device=b_TB.device)
     _scaled_add_backward[grid](
-        g_TB, b_TB, gain, g_b_TB, sums, float(alpha), size, _step(g_TB), _step(b_TB), BLOCK=BLOCK
+        g_TB,
+        b_TB,
+        gain,
+        g_b_TB,
+        sums,
+        float(alpha),
+        size,
+        time_stride(g_TB),
+        time_stride(b_TB),
+        BLOCK=BLOCK,
     )
     return g_b_TB, sums.sum(dtype=gain.dtype).mul_(alpha).view(1)
-
-
-def _step(x_TB: Tensor) -> int:
-    """The distance between time steps; 0 for a static input."""
-    return x_TB.stride(0) if len(x_TB) > 1 else 0
 
 
 @_jit
@@ -419,13 +431,13 @@ def step_norm_forward(
     invstd_TC, samples = torch.empty_like(mean_TC), x_TBC.numel() // (steps * channels)
     _moments[(triton.cdiv(channels, 128),)](
         x_TBC, _sums(x_TBC, None, None), mean_TC, invstd_TC, running_mean, running_var, channels,
-        float(samples), _step(x_TBC), x_TBC.stride(2), float(momentum), samples / (samples - 1),
-        float(eps), STEPS=steps, BLOCK=128,
+        float(samples), time_stride(x_TBC), x_TBC.stride(2), float(momentum),
+        samples / (samples - 1), float(eps), STEPS=steps, BLOCK=128,
     )  # fmt: skip
     y_TBC, size = new_steps(x_TBC, x_TBC.dtype), samples * channels
     _normalized[(*_grid(size), steps)](
         x_TBC, None, weight, bias, mean_TC, invstd_TC, None, y_TBC, size, channels, float(samples),
-        _step(x_TBC), 0, x_TBC.stride(2), BACKWARD=False, BLOCK=BLOCK,
+        time_stride(x_TBC), 0, x_TBC.stride(2), BACKWARD=False, BLOCK=BLOCK,
     )  # fmt: skip
     return y_TBC, mean_TC, invstd_TC
 
@@ -439,8 +451,8 @@ def step_norm_backward(
     g_x_TBC = new_steps(x_TBC, x_TBC.dtype)
     _normalized[(*_grid(size), steps)](
         x_TBC, g_TBC, weight, None, mean_TC, invstd_TC, sums_T2C, g_x_TBC, size, channels,
-        float(size // channels), _step(x_TBC), _step(g_TBC), x_TBC.stride(2), BACKWARD=True,
-        BLOCK=BLOCK,
+        float(size // channels), time_stride(x_TBC), time_stride(g_TBC), x_TBC.stride(2),
+        BACKWARD=True, BLOCK=BLOCK,
     )  # fmt: skip
     g_bias_TC, products_TC = sums_T2C.unbind(1)
     g_weight = (products_TC * invstd_TC).sum(0, dtype=weight.dtype)
@@ -459,8 +471,8 @@ def _sums(x_TBC: Tensor, g_TBC: Tensor | None, mean_TC: Tensor | None) -> Tensor
     parts = min(-(-batch * pixels // (4 * rows)), -(-PROGRAMS // (blocks * steps)))
     sums = torch.empty(parts, steps, 2, channels, dtype=torch.float32, device=x_TBC.device)
     _norm_sums[(blocks, steps, parts)](
-        x_TBC, g_TBC, mean_TC, sums, batch * pixels, pixels, channels, _step(x_TBC),
-        0 if g_TBC is None else _step(g_TBC), x_TBC.stride(1), x_TBC.stride(2),
+        x_TBC, g_TBC, mean_TC, sums, batch * pixels, pixels, channels, time_stride(x_TBC),
+        time_stride(g_TBC), x_TBC.stride(1), x_TBC.stride(2),
         channels if channels_last else 1, BACKWARD=g_TBC is not None, ROWS=rows, CHANNELS=width,
     )  # fmt: skip
     return sums.sum(0)

@@ -123,6 +123,11 @@ def new_step(x_TB: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(x_TB.shape[1:], x_TB.stride()[1:], dtype=dtype, device=x_TB.device)
 
 
+def time_stride(x_TB: Tensor | None) -> int:
+    """The distance between time steps in memory; 0 for a static input, or none."""
+    return 0 if x_TB is None or len(x_TB) == 1 else x_TB.stride(0)
+
+
 def membrane_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a membrane for the currents `x`: at least fp32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
