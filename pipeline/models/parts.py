@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.core.checks import refuse_unless_counts
+from pipeline.spiking.kernels.max_pool import max_pool
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import rate_readout
@@ -55,6 +56,13 @@ def variance_gain(neuron: nn.Module) -> float:
     return 1 / math.sqrt(p * (1 - p))
 
 
+def scaled_spikes(neuron: nn.Module, x_TB: Tensor, *, gain: float, beta: float = 1.0) -> Tensor:
+    """`gain neuron(x / beta)`, which a `LIF` computes in its own kernel."""
+    if isinstance(neuron, LIF):
+        return neuron(x_TB, gain=gain, beta=beta)
+    return gain * neuron(x_TB / beta if beta != 1 else x_TB)
+
+
 class Pool(nn.Module):
     """Applies a pool of torch to time-first tensors."""
 
@@ -64,33 +72,8 @@ class Pool(nn.Module):
 
     def forward(self, x_TBCHW: Tensor) -> Tensor:
         if type(self.pool) is nn.MaxPool2d:
-            return apply_folded(partial(_MaxPool.apply, self.pool), x_TBCHW)
+            return apply_folded(partial(max_pool, pool=self.pool), x_TBCHW)
         return apply_folded(self.pool, x_TBCHW)
-
-
-class _MaxPool(torch.autograd.Function):
-    """A max pool, whose backward keeps where each maximum was, in 2 bytes if that is enough. torch
-    keeps 8 bytes, and the input, of which its backward reads the shape.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, pool: nn.MaxPool2d, x_NCHW: Tensor) -> Tensor:
-        ctx.geometry = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
-        ctx.like = x_NCHW.shape, x_NCHW.stride(), x_NCHW.dtype
-        y_NCHW, at_NCHW = F.max_pool2d(x_NCHW, *ctx.geometry, return_indices=True)
-        is_small = x_NCHW.shape[-2:].numel() <= 2**15
-        ctx.save_for_backward(at_NCHW.to(torch.int16 if is_small else torch.int32))
-        return y_NCHW
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[None, Tensor]:
-        [g_NCHW], [at_NCHW] = grad_outputs, ctx.saved_tensors
-        shape, strides, dtype = ctx.like
-        x_NCHW = torch.empty_strided(shape, strides, dtype=dtype, device=g_NCHW.device)
-        pairs = [(each, each) if isinstance(each, int) else each for each in ctx.geometry[:4]]
-        return None, torch.ops.aten.max_pool2d_with_indices_backward(
-            g_NCHW, x_NCHW, *pairs, ctx.geometry[4], at_NCHW.long()
-        )
 
 
 def standardized_conv(

@@ -49,6 +49,7 @@ from pipeline.models.parts import (
     Pool,
     StatisticsOver,
     copy_neuron,
+    scaled_spikes,
     standardized_conv,
     variance_gain,
 )
@@ -408,6 +409,4 @@ class Rescaled(nn.Module):
         self.beta = beta
 
     def forward(self, x_TB: Tensor) -> Tensor:
-        if isinstance(self.neuron, LIF):
-            return self.neuron(x_TB, gain=self.gain, beta=self.beta)
-        return self.gain * self.neuron(x_TB / self.beta if self.beta != 1 else x_TB)
+        return scaled_spikes(self.neuron, x_TB, gain=self.gain, beta=self.beta)

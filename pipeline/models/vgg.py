@@ -1,13 +1,12 @@
 """VGG with scaled weight standardisation: OTTT's network for CIFAR and event data.
 
-    per layer:   s = LIF(sWS convolution(gamma s))
+    per layer:   h = gamma LIF(sWS convolution(h))
     an average pool between stages, a global one before the classifier
 
-gamma restores the variance that the spikes remove. It is applied after the pools, where there are
-fewer numbers to multiply. The first layer reads the image, without gamma. VGG-F feeds its last
-features back to its first layer, one time step later:
+gamma restores the variance that the spikes remove. VGG-F feeds its last features back to its first
+layer, one time step later:
 
-    first layer:   s[t] = LIF(sWS convolution(x[t]) + convolution(upsampled gamma s_last[t-1]))
+    first layer:   h[t] = gamma LIF(sWS convolution(x[t]) + convolution(upsampled h_last[t-1]))
 
 The second convolution starts at zero, so VGG-F starts as VGG. At the first time step the second
 convolution contributes nothing, not even its bias.
@@ -25,7 +24,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.core.checks import are_counts, refuse_unless_counts, refuse_unless_one_of, require
-from pipeline.models.parts import MeanPool, copy_neuron, standardized_conv, variance_gain
+from pipeline.models.parts import (
+    MeanPool,
+    copy_neuron,
+    scaled_spikes,
+    standardized_conv,
+    variance_gain,
+)
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF, identity
 from pipeline.spiking.slice_cache import StaticInput
@@ -34,9 +39,9 @@ from pipeline.spiking.synapse import Conv2d, Linear, apply_folded
 
 
 class Layer(nn.Module):
-    """s = dropout(LIF(sWS convolution(gamma h) + feedback(h))); the feedback is optional.
+    """h = dropout(gamma LIF(sWS convolution(h) + feedback(h))); the feedback is optional.
 
-    The first layer of a network has no gamma, and computes its convolution once for a static input.
+    The first layer of a network computes its convolution once for a static input.
     """
 
     def __init__(
@@ -54,14 +59,14 @@ class Layer(nn.Module):
         conv = standardized_conv(in_channels, width, kernel, stride=stride)
         self.conv = StaticInput(conv) if is_first else conv
         self.neuron = copy_neuron(neuron)
+        self.gain = variance_gain(neuron)
         self.dropout = Dropout(dropout)
-        self.gain = None if is_first else variance_gain(neuron)
 
     def forward(self, h_TBCHW: Tensor, feedback: nn.Module | None = None) -> Tensor:
-        current_TBCHW = self.conv(h_TBCHW if self.gain is None else self.gain * h_TBCHW)
-        return self.dropout(
-            self.neuron(current_TBCHW if feedback is None else current_TBCHW + feedback(h_TBCHW))
-        )
+        current_TBCHW = self.conv(h_TBCHW)
+        if feedback is not None:
+            current_TBCHW = current_TBCHW + feedback(h_TBCHW)
+        return self.dropout(scaled_spikes(self.neuron, current_TBCHW, gain=self.gain))
 
 
 class FeedbackConv(nn.Module):
@@ -157,7 +162,6 @@ class VGG(nn.Module):
                 channels = width
             self.stages.append(layers)
         self.pool = MeanPool(2)
-        self.gain = variance_gain(neuron)
         self.min_pixels = stem[1] * 2 ** (len(stages) - 1)
         self.feedback = FeedbackConv(channels, stages[0][0]) if feedback == "last" else None
         self.classifier = Linear(channels, classes)
@@ -171,22 +175,22 @@ class VGG(nn.Module):
                 f" {len(self.stages)} stages and this stem; got {tuple(x_TBCHW.shape[-2:])}"
             )
         if self.feedback is None:
-            return self.classifier(self.gain * self._spikes(x_TBCHW).mean((3, 4)))
+            return self.classifier(self._features(x_TBCHW).mean((3, 4)))
         logits = []
         for x_1BCHW in x_TBCHW.split(1):
-            s_1BCHW = self._spikes(x_1BCHW)
-            self.feedback.store(self.gain * s_1BCHW)
-            logits.append(self.classifier(self.gain * s_1BCHW.mean((3, 4))))
+            h_1BCHW = self._features(x_1BCHW)
+            self.feedback.store(h_1BCHW)
+            logits.append(self.classifier(h_1BCHW.mean((3, 4))))
         return torch.cat(logits)
 
-    def _spikes(self, x_TBCHW: Tensor) -> Tensor:
+    def _features(self, x_TBCHW: Tensor) -> Tensor:
         first, *others = self.stages[0].children()
-        s = first(x_TBCHW, self.feedback)
+        h = first(x_TBCHW, self.feedback)
         for layer in others:
-            s = layer(s)
+            h = layer(h)
         for layers in self.stages[1:]:
-            s = layers(apply_folded(self.pool, s))
-        return s
+            h = layers(apply_folded(self.pool, h))
+        return h
 
 
 def vgg_sws(

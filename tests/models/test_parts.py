@@ -125,6 +125,8 @@ test_refuses = refusals(
     "pool",
     [
         nn.MaxPool2d(3, stride=2, padding=1),
+        nn.MaxPool2d(2),
+        nn.MaxPool2d((2, 3), stride=(1, 3), padding=(1, 0)),
         nn.MaxPool2d(2, ceil_mode=True),
         nn.MaxPool2d((3, 2), stride=(1, 2), dilation=(2, 1)),
     ],
@@ -135,10 +137,13 @@ def test_a_max_pool_is_torchs_and_keeps_two_or_four_bytes_an_output(
     side: int, pool: nn.MaxPool2d, order: torch.memory_format
 ) -> None:
     torch.manual_seed(0)
-    spikes_NCHW = (torch.rand(6, 2, side, side) < 0.3).float().contiguous(memory_format=order)
+    numbers_NCHW = torch.randn(6, 2, side, side).round()  # many are equal
+    numbers_NCHW[:3] = (numbers_NCHW[:3] > 0).float()  # spikes
+    numbers_NCHW[3, :, :4] = -torch.inf
+    numbers_NCHW = numbers_NCHW.contiguous(memory_format=order)
     found = []
     for module in (Pool(pool), None):
-        x_NCHW = spikes_NCHW.clone(memory_format=torch.preserve_format).requires_grad_()
+        x_NCHW = numbers_NCHW.clone(memory_format=torch.preserve_format).requires_grad_()
         with SavedBytes() as saved:
             if module is None:
                 y_NCHW = pool(x_NCHW)
@@ -147,6 +152,29 @@ def test_a_max_pool_is_torchs_and_keeps_two_or_four_bytes_an_output(
         of_an_output = 2 if side == 9 else 4
         if module is not None:
             assert saved.peak == of_an_output * y_NCHW.numel()
-        (y_NCHW * torch.arange(y_NCHW.numel()).view_as(y_NCHW)).sum().backward()
+        (y_NCHW.nan_to_num() * torch.arange(y_NCHW.numel()).view_as(y_NCHW)).sum().backward()
         found.append((y_NCHW.detach(), x_NCHW.grad))
     assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_max_pool_in_two_threads_passes_on_what_is_not_a_number(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    x_TBCHW = torch.randn(2, 16, 4, 32, 32, dtype=dtype)  # enough numbers for two threads
+    x_TBCHW[1, -1, 2, 8, 9] = torch.nan
+    pool = nn.MaxPool2d(3, stride=2, padding=1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        y_TBCHW = Pool(pool)(x_TBCHW)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(
+        y_TBCHW.nan_to_num(7), pool(x_TBCHW.flatten(0, 1)).view_as(y_TBCHW).nan_to_num(7)
+    )
+    assert y_TBCHW.isnan().sum() == 2
+
+
+def test_a_max_pool_refuses_the_padding_that_torch_refuses() -> None:
+    with pytest.raises(RuntimeError, match="pad should be at most half"):
+        Pool(nn.MaxPool2d(2, padding=2))(torch.zeros(1, 1, 1, 4, 4))

@@ -12,7 +12,7 @@ The arithmetic is torch's, operation by operation, so spikes and membranes have 
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -25,6 +25,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from pipeline.spiking.kernels.max_pool import pooled_size
 from pipeline.spiking.kernels.neuron import Constants
 from pipeline.spiking.kernels.operators import (
     membrane_dtype,
@@ -284,17 +285,18 @@ def _backward(
 # ------------------------------------------------------------------------------------------ threads
 
 
-def _in_threads(kernel: Any, items: int, values: int, *args: Any) -> None:
+def _in_threads(kernel: Any, items: int, values: int, *args: Any, block: int = BLOCK) -> None:
     """Run `kernel(first, end, *args)` for all items, in as many threads as torch uses.
 
-    `values` is the number of values that the kernel reads; for few, one thread is faster.
+    `values` is the number of values that the kernel reads; for few, one thread is faster. A thread
+    gets whole blocks of items.
     """
     threads = min(torch.get_num_threads(), values // MIN_PER_THREAD)
     if threads <= 1:
         kernel(0, items, *args)
         return
-    blocks = -(-items // BLOCK)
-    edges = [min(items, blocks * part // threads * BLOCK) for part in range(threads + 1)]
+    blocks = -(-items // block)
+    edges = [min(items, blocks * part // threads * block) for part in range(threads + 1)]
     others = [
         _pool(os.getpid()).submit(kernel, first, end, *args) for first, end in pairwise(edges[1:])
     ]
@@ -312,6 +314,7 @@ def _pool(process: int) -> ThreadPoolExecutor:
 # -------------------------------------------------------------------------------------------- torch
 
 _DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+_POSITIONS = {torch.int16: np.int16, torch.int32: np.int32}
 _NO_SUMS = np.empty(0)
 
 
@@ -531,3 +534,125 @@ def unpack_spikes(bits: Tensor, x: Tensor, height: float) -> None:
     _in_threads(
         _unpack, len(bits), x.numel(), x.numel(), bits.data_ptr(), x.data_ptr(), height_bits
     )
+
+
+# ---------------------------------------------------------------------------------------- max pool
+
+
+@compiled
+def _max_pool(
+    first, end, x_at, y_at, at_at, zero, small, height, width, size, size_w, stride, stride_w,
+    padding, padding_w,
+):  # fmt: skip
+    """The pool of the images from `first` to `end`, each of one channel. `small` is a zero of the
+    type of the positions.
+
+    A row of the result is the maximum of columns, along which the loops are vector code, and then
+    of columns side by side. Of equal numbers the first in the image is the maximum, as in torch.
+    """
+    pooled_h = (height + 2 * padding - size) // stride + 1
+    pooled_w = (width + 2 * padding_w - size_w) // stride_w + 1
+    x = carray(_pointer(x_at, zero), end * height * width)
+    y = carray(_pointer(y_at, zero), end * pooled_h * pooled_w)
+    at = carray(_pointer(at_at, small), end * pooled_h * pooled_w)
+    padded = width + 2 * padding_w + stride_w
+    best, best_at = np.full(padded, -np.inf, x.dtype), np.full(padded, 2**31 - 1, np.int32)
+    most_at = np.empty(pooled_w, np.int32)
+    inside, inside_at = best[padding_w : padding_w + width], best_at[padding_w : padding_w + width]
+    for image in range(first, end):
+        for row in range(pooled_h):
+            top = max(row * stride - padding, 0)
+            bottom = min(row * stride - padding + size, height)
+            x_row = x[(image * height + top) * width :][:width]
+            for i in range(width):
+                inside[i] = x_row[i]
+                inside_at[i] = np.int32(top * width + i)
+            for r in range(top + 1, bottom):
+                x_row = x[(image * height + r) * width :][:width]
+                offset = np.int32(r * width)
+                for i in range(width):
+                    is_more = (x_row[i] > inside[i]) | (x_row[i] != x_row[i])
+                    inside[i] = x_row[i] if is_more else inside[i]
+                    inside_at[i] = offset + np.int32(i) if is_more else inside_at[i]
+            begin = (image * pooled_h + row) * pooled_w
+            most = y[begin : begin + pooled_w]
+            for k in range(size_w):
+                if stride_w == 1:
+                    _more(most, most_at, best[k:], best_at[k:], 1, k == 0)
+                elif stride_w == 2:
+                    _more(most, most_at, best[k:], best_at[k:], 2, k == 0)
+                else:
+                    _more(most, most_at, best[k:], best_at[k:], stride_w, k == 0)
+            for i in range(pooled_w):
+                at[begin + i] = most_at[i]
+
+
+@compiled
+def _more(most, most_at, x, x_at, stride, is_first):
+    """Replace `most` by every `stride`-th number of `x` where that is more, or as much but earlier
+    in the image.
+    """
+    if is_first:
+        for i in range(len(most)):
+            most[i] = x[i * stride]
+            most_at[i] = x_at[i * stride]
+    else:
+        for i in range(len(most)):
+            new, new_at = x[i * stride], x_at[i * stride]
+            is_more = (new > most[i]) | (new != new) | ((new == most[i]) & (new_at < most_at[i]))
+            most[i] = new if is_more else most[i]
+            most_at[i] = new_at if is_more else most_at[i]
+
+
+@compiled
+def _max_pool_backward(first, end, g_at, at_at, g_x_at, zero, small, pooled, pixels):
+    g = carray(_pointer(g_at, zero), end * pooled)
+    at = carray(_pointer(at_at, small), end * pooled)
+    g_x = carray(_pointer(g_x_at, zero), end * pixels)
+    for image in range(first, end):
+        g_x_image = g_x[image * pixels : (image + 1) * pixels]
+        g_x_image[:] = zero
+        for i in range(image * pooled, (image + 1) * pooled):
+            g_x_image[at[i]] += g[i]
+
+
+def max_pool_forward(x_NCHW: Tensor, sizes: Sequence[int], is_small: bool) -> tuple[Tensor, Tensor]:
+    """The forward of `max_pool.py`. `sizes`: kernel, stride and padding."""
+    height, width = x_NCHW.shape[-2:]
+    pooled = map(pooled_size, (height, width), sizes[:2], sizes[2:4], sizes[4:])
+    y_NCHW = x_NCHW.new_empty(*x_NCHW.shape[:-2], *pooled)
+    at_NCHW = torch.empty_like(y_NCHW, dtype=torch.int16 if is_small else torch.int32)
+    _in_threads(
+        _max_pool,
+        x_NCHW.shape[:-2].numel(),
+        x_NCHW.numel(),
+        x_NCHW.data_ptr(),
+        y_NCHW.data_ptr(),
+        at_NCHW.data_ptr(),
+        _DTYPES[x_NCHW.dtype](0),
+        _POSITIONS[at_NCHW.dtype](0),
+        height,
+        width,
+        *sizes,
+        block=1,
+    )
+    return y_NCHW, at_NCHW
+
+
+def max_pool_backward(g_NCHW: Tensor, at_NCHW: Tensor, height: int, width: int) -> Tensor:
+    """The backward of `max_pool.py`."""
+    g_x_NCHW = g_NCHW.new_empty(*g_NCHW.shape[:-2], height, width)
+    _in_threads(
+        _max_pool_backward,
+        g_NCHW.shape[:-2].numel(),
+        g_x_NCHW.numel(),
+        g_NCHW.data_ptr(),
+        at_NCHW.data_ptr(),
+        g_x_NCHW.data_ptr(),
+        _DTYPES[g_NCHW.dtype](0),
+        _POSITIONS[at_NCHW.dtype](0),
+        g_NCHW.shape[-2:].numel(),
+        height * width,
+        block=1,
+    )
+    return g_x_NCHW
