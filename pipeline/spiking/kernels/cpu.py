@@ -323,9 +323,13 @@ def lif_forward(
     v_B: Tensor | None,
     learnt_decay: Tensor | None,
     levels: Tensor | None,
+    end_B: Tensor | None,
     *about: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The forward of `neuron.py`. `about`: the `Constants`, saves_u and needs_end."""
+    """The forward of `neuron.py`. `about`: the `Constants`, saves_u and needs_end.
+
+    The last membrane is written to `end_B`, or to a new tensor if needs_end.
+    """
     constants, (saves_u, needs_end) = Constants(*about[:7]), about[7:]
     if levels is not None:
         threshold, subtract, gain = levels.tolist()
@@ -349,7 +353,7 @@ def lif_forward(
         time_stride(x_TB),
         _address(v_B),
         s_TB.data_ptr(),
-        _address(v_end_B),
+        _address(v_end_B if end_B is None else end_B),
         _address(u_TB),
         *_numbers(constants, learnt_decay, dtype),
     )

@@ -172,6 +172,7 @@ def lif_forward(
     v_B: Tensor | None,
     learnt_decay: Tensor | None,
     levels: Tensor | None,
+    end_B: Tensor | None,
     charge: int,
     decay: float,
     threshold: float,
@@ -186,14 +187,15 @@ def lif_forward(
     steps, neurons = len(x_TB), math.prod(x_TB.shape[1:])
     s_TB = new_steps(x_TB, x_TB.dtype)
     v_end_B = new_step(x_TB, torch.float32) if needs_end else None
+    written_B = v_end_B if end_B is None else end_B
     u_TB = new_steps(x_TB, torch.float32) if saves_u else None
     _forward[_grid(neurons)](
-        x_TB, v_B, learnt_decay, levels, s_TB, v_end_B, u_TB, neurons, time_stride(x_TB),
+        x_TB, v_B, learnt_decay, levels, s_TB, written_B, u_TB, neurons, time_stride(x_TB),
         *_numbers(decay, threshold, subtract, gain, beta),
         STEPS=steps, CHARGE=charge, TO_ZERO=subtract is None and levels is None,
         HAS_V=v_B is not None, LEARNT=learnt_decay is not None, LEVELS=levels is not None,
-        SCALES=beta != 1, SAVES_U=saves_u, NEEDS_END=needs_end, RESETS_FIRST=resets_first,
-        BLOCK=BLOCK,
+        SCALES=beta != 1, SAVES_U=saves_u, NEEDS_END=written_B is not None,
+        RESETS_FIRST=resets_first, BLOCK=BLOCK,
         enable_fp_fusion=False,  # each product is rounded, but for those of tl.fma
     )  # fmt: skip
     return s_TB, v_end_B, u_TB

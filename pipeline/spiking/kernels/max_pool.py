@@ -28,8 +28,8 @@ class _MaxPool(torch.autograd.Function):
             (each, each) if isinstance(each, int) else tuple(each)
             for each in (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
         ]
-        ctx.geometry, ctx.like = (*pairs, pool.ceil_mode), (x_NCHW.shape, x_NCHW.stride())
-        ctx.dtype = x_NCHW.dtype
+        geometry: Any = (*pairs, pool.ceil_mode)
+        ctx.geometry, ctx.like, ctx.dtype = geometry, (x_NCHW.shape, x_NCHW.stride()), x_NCHW.dtype
         is_small = x_NCHW.shape[-2:].numel() <= 2**15
         ctx.in_kernel = (
             x_NCHW.device.type == "cpu"
@@ -44,7 +44,7 @@ class _MaxPool(torch.autograd.Function):
             sizes = [number for pair in pairs[:3] for number in pair]
             y_NCHW, at_NCHW = kernel("max_pool_forward", x_NCHW)(x_NCHW, sizes, is_small)
         else:
-            y_NCHW, at_NCHW = F.max_pool2d(x_NCHW, *ctx.geometry, return_indices=True)
+            y_NCHW, at_NCHW = F.max_pool2d(x_NCHW, *geometry, return_indices=True)
             at_NCHW = at_NCHW.to(torch.int16 if is_small else torch.int32)
         ctx.save_for_backward(at_NCHW)
         return y_NCHW

@@ -78,7 +78,9 @@ def run(
     """The spikes `[T, B, ...]` in the dtype of `x_TB`, and the last membrane.
 
     If the membrane is cut after each call, and the backward keeps u of one step, then the last
-    membrane is u, marked by `mark_before_reset`: no second tensor of that size is needed.
+    membrane is u, marked by `mark_before_reset`: no second tensor of that size is needed. A
+    membrane that is cut overwrites the first one if no call with gradients has made or kept that:
+    fresh memory costs a CPU more than the kernel.
 
     Args:
         v_B: the first membrane; None: 0.
@@ -92,6 +94,14 @@ def run(
         each is not None and each.requires_grad for each in (x_TB, v_B, learnt_decay)
     )
     saves_u = needs_backward and not _inputs_are_smaller(x_TB, v_B)
+    if cut and not torch.is_grad_enabled():
+        overwritten_B = v_B if getattr(v_B, "may_be_overwritten", False) else None
+        s_TB, end_B, _ = kernel("lif_forward", x_TB)(
+            x_TB, v_B, learnt_decay, None, overwritten_B, *constants, False, overwritten_B is None
+        )
+        end_B = end_B if overwritten_B is None else overwritten_B
+        end_B.may_be_overwritten = True  # type: ignore[attr-defined]
+        return s_TB, end_B
     ends_in_u = saves_u and cut and len(x_TB) == 1
     if steps > 1 and frame_B is not None and is_static(x_TB):
         x_TB = frame_B.unsqueeze(0)  # the kernel sums the gradients of the steps
@@ -123,7 +133,9 @@ def run_rates(
     x_TB = dense(x_TB)
     v_B = None if v_B is None else like(v_B, x_TB)
     constants = Constants(charge, decay, threshold=0.0, subtract=0.0)
-    s_TB, end_B, _ = kernel("lif_forward", x_TB)(x_TB, v_B, None, levels, *constants, False, True)
+    s_TB, end_B, _ = kernel("lif_forward", x_TB)(
+        x_TB, v_B, None, levels, None, *constants, False, True
+    )
     return s_TB, end_B
 
 
@@ -147,7 +159,7 @@ class _Fused(torch.autograd.Function):
         if ctx.is_one_frame:
             x_TB = x_TB.expand(steps, *x_TB.shape[1:])
         s_TB, end_B, u_TB = kernel("lif_forward", x_TB)(
-            x_TB, v_B, learnt_decay, None, *constants, saves_u, not ends_in_u
+            x_TB, v_B, learnt_decay, None, None, *constants, saves_u, not ends_in_u
         )
         end_B = u_TB[0] if ends_in_u else end_B
         ctx.set_materialize_grads(False)
@@ -222,7 +234,7 @@ _NEURON = (
     " bool resets_first"
 )
 define(
-    "lif_forward(Tensor x, Tensor? v, Tensor? learnt_decay, Tensor? levels,"
+    "lif_forward(Tensor x, Tensor? v, Tensor? learnt_decay, Tensor? levels, Tensor(a!)? end,"
     f" {_NEURON}, bool saves_u, bool needs_end) -> (Tensor, Tensor?, Tensor?)",
     _fake_forward,
 )

@@ -189,3 +189,27 @@ def test_the_gradient_of_a_repeated_frame_is_summed_in_the_kernel() -> None:
     (spikes, gradient), expected = found
     assert torch.equal(spikes, expected[0])
     assert torch.allclose(gradient, expected[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reset", ["subtract", "zero"])
+def test_steps_without_gradients_overwrite_a_membrane_that_no_backward_needs(reset: str) -> None:
+    torch.manual_seed(0)
+    x_TB = torch.randn(6, 40_000, requires_grad=True)
+    found, addresses = [], []
+    for kernel in ("auto", "eager"):
+        lif = LIF(0.6, reset=reset, kernel=kernel)
+        lif.carry = torch.detach
+        slices = []
+        with fresh_state(lif):
+            for t, x_1B in enumerate(x_TB.split(1)):
+                with torch.set_grad_enabled(t == 2):
+                    slices.append(lif(x_1B))
+                if kernel == "auto":
+                    addresses.append(lif.state.values["v"].data_ptr())
+            last_B = lif.last_membrane(x_TB[:1])
+        (gradient,) = torch.autograd.grad(slices[2].sum(), x_TB)  # after the later steps
+        found.append((torch.cat(slices).detach(), last_B, gradient))
+    assert all(map(torch.equal, *(each[:2] for each in found)))
+    assert distance(found[0][2], found[1][2]) < 1e-6
+    assert addresses[0] == addresses[1] and addresses[3] == addresses[4] == addresses[5]
+    assert len({addresses[0], *addresses[2:4]}) == 3
