@@ -63,7 +63,8 @@ class FromSampleToSample(nn.Module):
 
     def forward(self, x_TBC: Tensor) -> Tensor:
         steps = len(x_TBC)
-        return self.neuron(x_TBC.flatten(0, 1).unsqueeze(1)).squeeze(1).unflatten(0, (steps, -1))
+        row_NC = 0.7 * x_TBC.flatten(0, 1)  # a whole spike would fire it at once
+        return self.neuron(row_NC.unsqueeze(1)).squeeze(1).unflatten(0, (steps, -1))
 
 
 class OverSamples(nn.Module):
@@ -131,7 +132,7 @@ class OneStepNeuron(nn.Module):
         self.neuron = LIF(0.6)
 
     def forward(self, x_TBC: Tensor) -> Tensor:
-        return self.neuron(x_TBC.unsqueeze(0)).squeeze(0)
+        return self.neuron(0.7 * x_TBC.unsqueeze(0)).squeeze(0)
 
 
 class Forgetful(LIF):
