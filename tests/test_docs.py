@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 from typer.core import TyperCommand
 
+import pipeline
 from benchmarks.memory_picture import RULES, draw
 from benchmarks.pictures import template, write_shapes
 from pipeline.data.datasets.tasks import Permuted
@@ -58,7 +59,7 @@ def blocks(page: str, language: str) -> list[str]:
 [LOOP] = blocks("README.md", "python")
 [PHASES] = blocks("rules.md", "python")
 MINE, PARTS, TAUGHT, RESULT = blocks("recipes.md", "python")
-[FRAME] = blocks("comparing.md", "python")
+FRAME, COMPARE = blocks("comparing.md", "python")
 BRIEFLY = ("--inline", "--set", "backend=plain", "--set", "stop_after=2", "--set", "batch_size=8")
 # The first command of docs/recipes.md, which writes pictures.
 WRITE = blocks("recipes.md", "sh")[0].splitlines()[0].removesuffix(" --workers 2").split()[1:]
@@ -130,6 +131,17 @@ def test_the_plain_loop_learns(rule: Callable[[], object], monkeypatch: pytest.M
     exec(compile(LOOP, "README.md", "exec"), {**names, "batches": batches, "SLTT": rule})
     assert fmean(losses[-4:]) < 0.5 * fmean(losses[:4])
     assert len(LOOP.splitlines()) <= 11
+
+
+def test_rules_are_compared_on_a_network_and_a_batch(capsys: pytest.CaptureFixture[str]) -> None:
+    network = nn.Sequential(Linear(16, 8), LIF(0.5), Linear(8, 4))
+    batch = {"x_TB": torch.rand(3, 4, 16), "target_B": torch.arange(4)}
+    exec(
+        compile(COMPARE, "comparing.md", "exec"),
+        {"pipeline": pipeline, "network": network, **batch},
+    )
+    out = capsys.readouterr().out
+    assert "Sequential\n" in out and "largest batch" in " ".join(out.split())
 
 
 def test_the_frame_of_all_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

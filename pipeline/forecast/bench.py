@@ -1,4 +1,4 @@
-"""A recipe's network and one batch of its data, for trying rules before training.
+"""A network and one batch, for trying rules before training.
 
 Every rule gets a copy of the network with its initial weights, and the same batch. Costs are
 measured in the training loop of a run, at a learning rate of 0. A recipe with a teacher uses only
@@ -14,14 +14,19 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 
-from pipeline.core.torch_settings import compute_in, configure_torch, release_freed_memory
+from pipeline.core.torch_settings import (
+    Precision,
+    compute_in,
+    configure_torch,
+    release_freed_memory,
+)
 from pipeline.core.units import counted, first_few
 from pipeline.data.base import Batch, DataError, Loader
 from pipeline.measure.clock import charge_collectives, seconds_of
@@ -42,7 +47,7 @@ from pipeline.models.teachers.base import Teacher
 from pipeline.recipe import is_baseline
 from pipeline.recipe.recipe import Recipe, Spec, spec
 from pipeline.rules import bptt, dsr, hlop, ide, opzo, ottt, sltt, spide
-from pipeline.rules.base import Rule, World
+from pipeline.rules.base import OverTime, Rule, World
 from pipeline.spiking.encode import to_time_first
 from pipeline.train.assemble import build_backend
 from pipeline.train.backend.base import Backend
@@ -62,6 +67,7 @@ from pipeline.train.weights import load_start, weights_file
 
 # T time, B batch
 
+Result = TypeVar("Result")
 
 RULES = (
     spec(bptt.BPTT),
@@ -137,8 +143,167 @@ class DoesNotFit(ValueError):
     """A batch does not fit into memory."""
 
 
-class Bench:
-    """The network of a recipe, and one batch on which a single worker trains.
+class BatchBench:
+    """A network, and one batch on which it trains in a single process.
+
+    Args:
+        network: copied for each rule.
+        x_TB: the input, on the network's device.
+        target_B: the targets of `loss`.
+        seed: determines the random draws of rules.
+    """
+
+    precision: Precision = "fp32"
+    calibrates = True  # rules that calibrate thresholds do so on the batch
+
+    def __init__(
+        self,
+        network: nn.Module,
+        x_TB: Tensor,
+        target_B: Tensor,
+        loss: Loss,
+        *,
+        seed: int = 0,
+        over_time: OverTime = "steps",
+    ) -> None:
+        self.network, self.x_TB, self.target_B, self.loss = network, x_TB, target_B, loss
+        self.time_steps, self.samples = x_TB.shape[:2]
+        self.seed = seed
+        self.over_time: OverTime = over_time
+
+    @property
+    def batch_bytes(self) -> int:
+        return storage_bytes([self.x_TB, self.target_B])
+
+    def cost(self, rule: Spec) -> Cost:
+        """Measure a rule in plain torch.
+
+        Raises:
+            ValueError: the rule cannot train the network.
+            DoesNotFit: its batch does not fit into memory.
+        """
+        device = self.x_TB.device
+        with self.training(rule) as (built_rule, meters, train_once):
+            for _ in range(UNTIMED):  # the first one also loads what is loaded at first use
+                train_once()
+            release_freed_memory()
+            reset_peak_device_bytes(device)
+            is_known = reset_peak_rss() or self.x_TB.is_cuda
+            before = memory_now_bytes(device)
+            for _ in range(TIMED):
+                train_once()
+            peak = peak_device_bytes(device) if self.x_TB.is_cuda else peak_rss_bytes()
+        seconds = _seconds(meters.clock.take()[UNTIMED:], statistics.median)
+        return Cost(
+            **bytes_of_batch(built_rule, meters),
+            peak_memory_bytes=peak - before if is_known else None,
+            forward_s=seconds["forward"],
+            backward_s=seconds["backward"],
+            loop_s=seconds["loop"],
+            operations=meters.totals.operations_per_sample(),
+            not_counted=tuple(meters.totals.not_counted),
+        )
+
+    @contextmanager
+    def training(
+        self, rule: Spec, *, as_in_a_run: bool = False
+    ) -> Iterator[tuple[Rule, Meters, Callable[[], None]]]:
+        """Yield the attached rule, its meters, and a function that trains once on the batch.
+
+        The learning rate is 0. Training uses plain torch, and the meters count bytes on the second
+        batch and operations on the third. `as_in_a_run` uses the recipe's own backend and a run's
+        guard, and the meters then measure only time.
+
+        Raises: as `cost`.
+        """
+        with self.running(rule.build().label):
+            network, built_rule = self.copy_of_network(), self._build(rule)
+            built_rule.attach(network, world=World(self.seed), over_time=self.over_time)
+            if built_rule.calibration_batches and self.calibrates:
+                built_rule.calibrate(network, [self.x_TB])
+            every = None if as_in_a_run else 10**9
+            meters = Meters(
+                network,
+                batch_size=self.samples,
+                device=self.x_TB.device,
+                memory_every=every,
+                operations_every=every,
+            )
+            with charge_collectives(meters.clock) if as_in_a_run else nullcontext():
+                backend, guard = self.backend_of(network, built_rule, as_in_a_run=as_in_a_run)
+                batch = [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
+                schedule, steps = (lambda step: None), itertools.count()
+
+                def train_once() -> None:
+                    train_batch(
+                        built_rule, backend, schedule, next(steps), batch, self.loss, meters, guard
+                    )
+
+                try:
+                    yield built_rule, meters, train_once
+                except Rollback as error:
+                    raise ValueError(f"{built_rule.label}: cannot be timed; {error}") from error
+
+    def backend_of(
+        self, network: nn.Module, rule: Rule, *, as_in_a_run: bool
+    ) -> tuple[Backend, Guard]:
+        """The backend and the guard of `training`."""
+        return Plain(
+            network,
+            lambda module: torch.optim.SGD(module.parameters(), lr=0.0),
+            precision=self.precision,
+        ), Guard()
+
+    def gradients_of(self, rule: Spec) -> list[dict[str, Tensor]]:
+        """The rule's gradient by layer in fp32; `DRAWS` gradients if the rule draws time steps.
+
+        They are kept in host memory, because the next rule needs the memory of the GPU.
+
+        Raises: as `cost`.
+        """
+        built_rule = self._build(rule)
+        inner_rule = built_rule.inner if isinstance(built_rule, hlop.HLOP) else built_rule
+        draws = DRAWS if isinstance(inner_rule, sltt.SLTT) and inner_rule.k is not None else 1
+        gradients_of_draws = (
+            gradients(
+                self.network,
+                self._build(rule),
+                self.x_TB,
+                partial(self.loss, self.target_B),
+                world=World(self.seed),
+                over_time=self.over_time,
+                batches=RULE_BATCHES if isinstance(inner_rule, opzo.OPZO) else 1,
+                step=step,
+            )
+            for step in range(draws)
+        )
+        with self.running(f"{built_rule.label}'s gradient"):
+            return [{name: g.cpu() for name, g in each.items()} for each in gradients_of_draws]
+
+    def copy_of_network(self) -> nn.Module:
+        return copy.deepcopy(self.network)
+
+    @contextmanager
+    def running(self, subject: str) -> Iterator[None]:
+        """Raise DoesNotFit if memory runs out inside the block."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DoesNotFit(
+                f"{subject}: a batch must fit into memory; {counted(self.samples, 'sample')} at T ="
+                f" {self.time_steps} do not"
+            ) from None
+
+    def _build(self, rule: Spec) -> Rule:
+        built_rule: Rule = rule.build()
+        built_rule.check_steps(self.time_steps)
+        return built_rule
+
+
+class Bench(BatchBench):
+    """The network of a recipe, and one batch of its data on which a single worker trains.
 
     Args:
         batch_size: samples; None: the micro-batch of a single worker.
@@ -149,8 +314,6 @@ class Bench:
         DoesNotFit: the batch does not fit into memory.
         DataError: the data cannot be read.
     """
-
-    calibrates = True  # rules that calibrate thresholds do so on the batch
 
     def __init__(
         self,
@@ -189,47 +352,21 @@ class Bench:
             recipe = replace(
                 recipe, teacher=None, objective=spec(_label_loss, distillation=recipe.objective)
             )
-        self.recipe, self.samples = recipe, samples
-        self.loss: Loss = self.recipe.objective.build()
+        self.recipe, self.samples, self.time_steps = recipe, samples, recipe.time_steps
+        self.precision = recipe.precision
         self.network = build_network(self.recipe, tasks_of(self.recipe))
         if self.recipe.init is not None:
             load_start(self.network, weights_file(Path(self.recipe.init)))
 
     def _set_batch(self, batch: Batch) -> None:
-        self.x_B, self.target_B = batch.x, batch.target
-        self.x_TB = to_time_first(batch.x, self.recipe.time_steps)
-
-    @property
-    def batch_bytes(self) -> int:
-        return storage_bytes([self.x_TB, self.target_B])
-
-    def cost(self, rule: Spec) -> Cost:
-        """Measure a rule in plain torch.
-
-        Raises:
-            ValueError: the rule cannot train the network.
-            DoesNotFit: its batch does not fit into memory.
-        """
-        device = self.x_B.device
-        with self.training(rule) as (built_rule, meters, train_once):
-            for _ in range(UNTIMED):  # the first one also loads what is loaded at first use
-                train_once()
-            release_freed_memory()
-            reset_peak_device_bytes(device)
-            is_known = reset_peak_rss() or self.x_B.is_cuda
-            before = memory_now_bytes(device)
-            for _ in range(TIMED):
-                train_once()
-            peak = peak_device_bytes(device) if self.x_B.is_cuda else peak_rss_bytes()
-        seconds = _seconds(meters.clock.take()[UNTIMED:], statistics.median)
-        return Cost(
-            **bytes_of_batch(built_rule, meters),
-            peak_memory_bytes=peak - before if is_known else None,
-            forward_s=seconds["forward"],
-            backward_s=seconds["backward"],
-            loop_s=seconds["loop"],
-            operations=meters.totals.operations_per_sample(),
-            not_counted=tuple(meters.totals.not_counted),
+        self.x_B = batch.x
+        super().__init__(
+            self.network,
+            to_time_first(batch.x, self.time_steps),
+            batch.target,
+            self.recipe.objective.build(),
+            seed=self.recipe.seed,
+            over_time=self.recipe.over_time,
         )
 
     def seconds(self, rule: Spec, *, batches: int = TIMED) -> dict[str, float]:
@@ -246,93 +383,17 @@ class Bench:
                 train_once()
         return _seconds(meters.clock.take()[WARM_UP:], statistics.fmean)
 
-    @contextmanager
-    def training(
-        self, rule: Spec, *, as_in_a_run: bool = False
-    ) -> Iterator[tuple[Rule, Meters, Callable[[], None]]]:
-        """Yield the attached rule, its meters, and a function that trains once on the batch.
-
-        The learning rate is 0. Training uses plain torch, and the meters count bytes on the second
-        batch and operations on the third. `as_in_a_run` uses the recipe's own backend and a run's
-        guard, and the meters then measure only time.
-
-        Raises: as `cost`.
-        """
-        with self.running(rule.build().label):
-            network, built_rule = self.copy_of_network(), self._build(rule)
-            built_rule.attach(
-                network, world=World(self.recipe.seed), over_time=self.recipe.over_time
-            )
-            if built_rule.calibration_batches and self.calibrates:
-                built_rule.calibrate(network, [self.x_TB])
-            every = None if as_in_a_run else 10**9
-            meters = Meters(
-                network,
-                batch_size=self.samples,
-                device=self.x_TB.device,
-                memory_every=every,
-                operations_every=every,
-            )
-            with charge_collectives(meters.clock) if as_in_a_run else nullcontext():
-                backend: Backend = Plain(
-                    network,
-                    lambda module: torch.optim.SGD(module.parameters(), lr=0.0),
-                    precision=self.recipe.precision,
-                )
-                guard = Guard()
-                if as_in_a_run:
-                    backend = build_backend(self.recipe, network, built_rule, self.recipe.split(1))
-                    for group in backend.optimizer.param_groups:
-                        group["lr"] = 0.0
-                    guard = AnomalyGuard(
-                        backend,
-                        built_rule,
-                        self._ranks,
-                        max_skips=0,
-                        can_undo=can_undo(self.recipe, built_rule),
-                    )
-                batch = [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
-                schedule, steps = (lambda step: None), itertools.count()
-
-                def train_once() -> None:
-                    train_batch(
-                        built_rule, backend, schedule, next(steps), batch, self.loss, meters, guard
-                    )
-
-                try:
-                    yield built_rule, meters, train_once
-                except Rollback as error:
-                    raise ValueError(f"{built_rule.label}: cannot be timed; {error}") from error
-
-    @cached_property
-    def _ranks(self) -> Ranks:
-        return Ranks(distributed.get_rank(), distributed.get_world_size(), device_here().type)
-
-    def gradients_of(self, rule: Spec) -> list[dict[str, Tensor]]:
-        """The rule's gradient by synapse in fp32; `DRAWS` gradients if the rule draws time steps.
-
-        They are kept in host memory, because the next rule needs the memory of the GPU.
-
-        Raises: as `cost`.
-        """
-        built_rule = self._build(rule)
-        inner_rule = built_rule.inner if isinstance(built_rule, hlop.HLOP) else built_rule
-        draws = DRAWS if isinstance(inner_rule, sltt.SLTT) and inner_rule.k is not None else 1
-        gradients_of_draws = (
-            gradients(
-                self.network,
-                self._build(rule),
-                self.x_TB,
-                partial(self.loss, self.target_B),
-                world=World(self.recipe.seed),
-                over_time=self.recipe.over_time,
-                batches=RULE_BATCHES if isinstance(inner_rule, opzo.OPZO) else 1,
-                step=step,
-            )
-            for step in range(draws)
-        )
-        with self.running(f"{built_rule.label}'s gradient"):
-            return [{name: g.cpu() for name, g in each.items()} for each in gradients_of_draws]
+    def backend_of(
+        self, network: nn.Module, rule: Rule, *, as_in_a_run: bool
+    ) -> tuple[Backend, Guard]:
+        if not as_in_a_run:
+            return super().backend_of(network, rule, as_in_a_run=False)
+        backend = build_backend(self.recipe, network, rule, self.recipe.split(1))
+        for group in backend.optimizer.param_groups:
+            group["lr"] = 0.0
+        ranks = Ranks(distributed.get_rank(), distributed.get_world_size(), device_here().type)
+        undoes = can_undo(self.recipe, rule)
+        return backend, AnomalyGuard(backend, rule, ranks, max_skips=0, can_undo=undoes)
 
     def stepped(self) -> tuple[nn.Module, torch.optim.Optimizer]:
         """A copy of the network, and its optimizer after one step with gradients of 0."""
@@ -342,27 +403,6 @@ class Bench:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()  # creates the optimizer's state
         return network, optimizer
-
-    def copy_of_network(self) -> nn.Module:
-        return copy.deepcopy(self.network)
-
-    @contextmanager
-    def running(self, subject: str) -> Iterator[None]:
-        """Raise DoesNotFit if memory runs out inside the block."""
-        try:
-            yield
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            raise DoesNotFit(
-                f"{subject}: a batch must fit into memory; {counted(self.samples, 'sample')} at T ="
-                f" {self.recipe.time_steps} do not"
-            ) from None
-
-    def _build(self, rule: Spec) -> Rule:
-        built_rule: Rule = rule.build()
-        built_rule.check_steps(self.recipe.time_steps)
-        return built_rule
 
 
 def samples_per_epoch(recipe: Recipe) -> int:
@@ -443,20 +483,23 @@ def interleave(labels: Iterable[str], rounds: int) -> list[str]:
     return [order[(turn + i) % len(order)] for turn in range(rounds) for i in range(len(order))]
 
 
-def measure_costs(
-    bench: Bench, rules: Mapping[str, Spec]
-) -> tuple[dict[str, list[Cost]], dict[str, str]]:
-    """The costs of each rule in all rounds, and the reasons why other rules cannot train."""
-    rounds: dict[str, list[Cost]] = {label: [] for label in rules}
-    reasons: dict[str, str] = {}
-    for label in interleave(rules, ROUNDS):
-        if label not in reasons:
+def in_turns(
+    rules: Mapping[str, Spec], measure: Callable[[Spec], Result], rounds: int | None = None
+) -> tuple[dict[str, list[Result]], dict[str, str]]:
+    """Each rule's results of `measure` in all rounds, and the reasons why others were refused.
+
+    `rounds`: None: `ROUNDS`.
+    """
+    results: dict[str, list[Result]] = {label: [] for label in rules}
+    refused: dict[str, str] = {}
+    for label in interleave(rules, rounds or ROUNDS):
+        if label not in refused:
             try:
-                rounds[label].append(bench.cost(rules[label]))
+                results[label].append(measure(rules[label]))
             except ValueError as error:
-                reasons[label] = str(error)
-                del rounds[label]
-    return rounds, reasons
+                refused[label] = str(error)
+                del results[label]
+    return results, refused
 
 
 def median_cost(rounds: Sequence[Cost]) -> Cost:

@@ -6,19 +6,21 @@ from dataclasses import dataclass
 
 from pipeline.core.checks import require
 from pipeline.core.stages import say_stage
+from pipeline.core.units import counted
 from pipeline.forecast.bench import (
     RULES,
+    BatchBench,
     Bench,
     Cost,
     TeacherCost,
     fastest_baseline,
-    measure_costs,
+    in_turns,
     measure_teacher,
     median_cost,
     rules_by_label,
 )
 from pipeline.measure.gradient_similarity import Fidelity, Gradients, fidelity
-from pipeline.measure.memory import device_here, hardware
+from pipeline.measure.memory import hardware
 from pipeline.recipe import BASELINE, is_baseline
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.build import check_recipe
@@ -29,21 +31,18 @@ _UNKNOWN = "BPTT's gradient is 0 or not finite"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Probe:
-    """The costs and gradients of rules on one batch of a recipe."""
+class Measured:
+    """The costs and gradients of rules on one batch."""
 
-    recipe: str
     samples: int
     time_steps: int
     # BPTT first, if it can train the network; seconds are medians over the rounds
     costs: tuple[Cost, ...]
     # By rule: seconds of forward and backward in each round. Rules alternate within a round.
     rounds: Mapping[str, tuple[float, ...]]
-    teacher: TeacherCost | None  # not part of any rule's cost
     fidelity: Fidelity | None  # None without BPTT's gradient for comparison
     refused: Mapping[str, str]  # for each rule that cannot train the network: the reason
-    # By rule: why its gradient could not be measured. BPTT in slices of time is not listed.
-    uncompared: Mapping[str, str]
+    uncompared: Mapping[str, str]  # by rule: why its gradient could not be measured
     hardware: Mapping[str, object]
 
     def cost(self, rule: str) -> Cost | None:
@@ -56,6 +55,14 @@ class Probe:
         The reference of bytes and operations is always BPTT folded over time.
         """
         return fastest_baseline(self.costs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe(Measured):
+    """The costs and gradients of rules on one batch of a recipe."""
+
+    recipe: str
+    teacher: TeacherCost | None  # not part of any rule's cost
 
 
 def probe(
@@ -79,39 +86,47 @@ def probe(
     with bench.running(f"{recipe.name}'s teacher"):
         teacher = measure_teacher(recipe, bench.x_B)
     labelled = rules_by_label(rules, recipe.rule)
-    say_stage(f"measuring {', '.join(labelled)}")
-    rounds, refused = measure_costs(bench, labelled)
-    require(rounds, "probe: no rule can train this network; " + "; ".join(refused.values()))
+    measured = measure("probe", bench, labelled)
+    return Probe(recipe=recipe.name, teacher=teacher, **vars(measured))
+
+
+def measure(
+    subject: str, bench: BatchBench, rules: Mapping[str, Spec], rounds: int | None = None
+) -> Measured:
+    """Measure rules, which are given by label.
+
+    `rounds`: as in `in_turns`.
+
+    Raises: ValueError, which starts with `subject`, if no rule can train the network.
+    """
+    say_stage(f"measuring {', '.join(rules)}")
+    costs, refused = in_turns(rules, bench.cost, rounds)
+    require(costs, f"{subject}: no rule can train this network; " + "; ".join(refused.values()))
     say_stage("comparing their gradients")
     gradients: dict[str, Sequence[Gradients]] = {}
     uncompared: dict[str, str] = {}
-    for label, rule in labelled.items():
-        # BPTT in slices of time has BPTT's gradient and is never advised. BPTT-recompute may be.
-        if label in rounds and (label == BASELINE or not is_baseline(label)):
-            try:
-                gradients[label] = bench.gradients_of(rule)
-            except ValueError as error:
-                uncompared[label] = str(error)
+    for label in costs:
+        try:
+            gradients[label] = bench.gradients_of(rules[label])
+        except ValueError as error:
+            uncompared[label] = str(error)
     compared = None
     if BASELINE in gradients:
-        (bptt,) = gradients.pop(BASELINE)
         sltt = gradients["SLTT"][0] if "SLTT" in gradients else None
-        compared = fidelity(bptt, sltt, gradients)
-    return Probe(
-        recipe=recipe.name,
+        compared = fidelity(gradients[BASELINE][0], sltt, gradients)
+    return Measured(
         samples=bench.samples,
-        time_steps=recipe.time_steps,
-        costs=tuple(median_cost(each) for each in rounds.values()),
-        rounds={label: tuple(cost.compute_s for cost in each) for label, each in rounds.items()},
-        teacher=teacher,
+        time_steps=bench.time_steps,
+        costs=tuple(median_cost(each) for each in costs.values()),
+        rounds={label: tuple(cost.compute_s for cost in each) for label, each in costs.items()},
         fidelity=compared,
         refused=refused,
         uncompared=uncompared,
-        hardware=hardware(device_here()),
+        hardware=hardware(bench.x_TB.device),
     )
 
 
-def advice(result: Probe) -> str:
+def advice(result: Measured) -> str:
     """Advise the cheapest safe rule, and compare its cost with BPTT's.
 
     The cheapest rule has the smallest product of seconds and bytes (saved, states and the rule's
@@ -157,7 +172,7 @@ def advice(result: Probe) -> str:
     )
 
 
-def _cost_of(result: Probe, best: Cost, bptt: Cost, fastest: Cost) -> str:
+def _cost_of(result: Measured, best: Cost, bptt: Cost, fastest: Cost) -> str:
     """Two sentences about the bytes and the time of the advised rule."""
     rounds = zip(result.rounds[best.rule], result.rounds[fastest.rule], strict=True)
     shares = [seconds / baseline_s for seconds, baseline_s in rounds]
@@ -171,5 +186,5 @@ def _cost_of(result: Probe, best: Cost, bptt: Cost, fastest: Cost) -> str:
         f"It keeps {best.peak_saved_bytes / bptt.peak_saved_bytes:.0%} of BPTT's bytes for"
         f" backward, and {best.all_bytes / bptt.all_bytes:.0%} with states{own_bytes}. It takes"
         f" {statistics.median(shares):.0%} of {baseline_time} ({min(shares):.0%} to"
-        f" {max(shares):.0%} in {len(shares)} rounds)."
+        f" {max(shares):.0%} in {counted(len(shares), 'round')})."
     )

@@ -24,7 +24,7 @@ from torch import distributed, multiprocessing
 
 from pipeline.core.checks import require
 from pipeline.core.code_version import commit
-from pipeline.forecast.bench import TIMED, Bench, interleave, rules_by_label
+from pipeline.forecast.bench import TIMED, Bench, in_turns, rules_by_label
 from pipeline.measure.clock import synchronize
 from pipeline.measure.memory import device_here
 from pipeline.recipe.recipe import Recipe, Spec
@@ -119,20 +119,15 @@ def rule_seconds(
     Raises: as `Bench`.
     """
     bench = Bench(recipe, batch_size=samples, threads=threads, needs_data=needs_data)
-    seconds: dict[str, list[dict[str, float]]] = {label: [] for label in rules}
-    refused: dict[str, str] = {}
-    for label in interleave(rules, rounds or len(rules)):
+
+    def measure(rule: Spec) -> dict[str, float]:
         # An engine of DeepSpeed is in a reference cycle, and would stay in memory.
         gc.collect()
         _wait_for_all(device)
-        try:
-            seconds[label].append(bench.seconds(rules[label], batches=batches))
-        except ValueError as error:  # raised on every rank
-            refused[label] = str(error)
-    return (
-        {label: _mean_of_parts(each) for label, each in seconds.items() if label not in refused},
-        refused,
-    )
+        return bench.seconds(rule, batches=batches)  # raises on every rank, or on none
+
+    seconds, refused = in_turns(rules, measure, rounds or len(rules))
+    return {label: _mean_of_parts(each) for label, each in seconds.items()}, refused
 
 
 def _mean_of_parts(seconds: Sequence[Mapping[str, float]]) -> dict[str, float]:

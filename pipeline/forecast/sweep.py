@@ -20,19 +20,20 @@ from pipeline.core.stages import say_stage
 from pipeline.forecast.bench import (
     RESERVE,
     RULES,
+    BatchBench,
     Bench,
     Cost,
     DoesNotFit,
     TeacherCost,
     fastest_baseline,
-    measure_costs,
+    in_turns,
     measure_teacher,
     median_cost,
     rules_by_label,
     samples_per_epoch,
 )
 from pipeline.measure.memory import device_here, free_bytes, hardware
-from pipeline.measure.saved_bytes import held_bytes
+from pipeline.measure.saved_bytes import HeldBytes, held_bytes
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.build import check_recipe
 from pipeline.train.tasks import build_data
@@ -188,7 +189,7 @@ def _points(
 ) -> tuple[list[Point], dict[str, str]]:
     """The points of all rules at one T, and the reasons, by rule, for a missing point or size."""
     points: list[Point] = []
-    rounds, reasons_at_T = measure_costs(bench, rules)
+    rounds, reasons_at_T = in_turns(rules, bench.cost)
     for label, costs_of_rule in rounds.items():
         cost = median_cost(costs_of_rule)
         try:
@@ -208,22 +209,27 @@ def _points(
     return points, reasons_at_T
 
 
-class _BatchSearch:
-    """Finds the largest batch of a rule that fits into a given memory."""
+class LargestBatch:
+    """Estimates the largest batch of a rule that fits into a given memory.
 
-    def __init__(self, bench: Bench, size: int, threads: int) -> None:
-        require(
-            bench.samples >= 2,
-            "sweep: the batch must have at least 2 samples, to estimate the largest batch; got"
-            f" {bench.samples}",
-        )
-        self.bench, self.bytes = bench, size
-        self.bench_of = partial(Bench, bench.recipe, threads=threads)
-        self.half_bench = self.bench_of(batch_size=bench.samples // 2)
-        # bytes that training holds besides a rule's bytes of a batch
-        self.held = held = held_bytes(*bench.stepped())
-        self.resolution = 0 if bench.x_B.is_cuda else COARSE
-        copies = 2 if bench.recipe.ema_decay else 1  # of the weights
+    Args:
+        half_bench: the same network with half of the bench's samples.
+        size: the memory in bytes.
+        held: bytes that training holds besides a rule's bytes of a batch.
+        copies: the number of copies of the weights.
+    """
+
+    def __init__(
+        self,
+        bench: BatchBench,
+        half_bench: BatchBench,
+        size: int,
+        held: HeldBytes,
+        *,
+        copies: int = 1,
+    ) -> None:
+        self.bench, self.half_bench, self.bytes, self.held = bench, half_bench, size, held
+        self.resolution = 0 if bench.x_TB.is_cuda else COARSE
         self.other_bytes = copies * held.parameters + held.buffers + held.optimizer
 
     def estimate(self, cost: Cost, rule: Spec) -> int:
@@ -242,6 +248,37 @@ class _BatchSearch:
         left = (1 - RESERVE) * self.bytes - self.needed_bytes(bench, cost)
         return max(0, bench.samples + int(left // per_sample))
 
+    def needed_bytes(self, bench: BatchBench, cost: Cost) -> int:
+        """Bytes of training on the bench's batch: the larger of the measured peak and the count.
+
+        The measured peak includes a rule's records of a batch, so the records count twice. The
+        result is then too large, never too small.
+        """
+        at_peak = max(
+            cost.kept_bytes + self.held.gradients, (cost.peak_memory_bytes or 0) - self.resolution
+        )
+        return at_peak + self.other_bytes + cost.rule_bytes + bench.batch_bytes
+
+
+class _BatchSearch(LargestBatch):
+    """Finds the largest batch of a rule that fits into a given memory."""
+
+    def __init__(self, bench: Bench, size: int, threads: int) -> None:
+        require(
+            bench.samples >= 2,
+            "sweep: the batch must have at least 2 samples, to estimate the largest batch; got"
+            f" {bench.samples}",
+        )
+        self.recipe, self.bench_of = bench.recipe, partial(Bench, bench.recipe, threads=threads)
+        half_bench = self.bench_of(batch_size=bench.samples // 2)
+        super().__init__(
+            bench,
+            half_bench,
+            size,
+            held_bytes(*bench.stepped()),
+            copies=2 if bench.recipe.ema_decay else 1,
+        )
+
     def train_largest(self, point: Point, rule: Spec) -> Point:
         """Train batches to find the largest one that fits; 0 if one sample does not fit.
 
@@ -250,9 +287,7 @@ class _BatchSearch:
         not fit are tried.
         """
         estimate = point.largest_batch or 0
-        max_samples = min(
-            max(1, int(estimate / (1 - RESERVE))), samples_per_epoch(self.bench.recipe)
-        )
+        max_samples = min(max(1, int(estimate / (1 - RESERVE))), samples_per_epoch(self.recipe))
 
         def cost_of(samples: int) -> Cost | None:
             """The cost of a batch; None if it does not fit."""
@@ -278,14 +313,3 @@ class _BatchSearch:
             else:
                 fits, cost = size, cost_of_size
         return replace(point, largest_batch=fits, at_largest=cost)
-
-    def needed_bytes(self, bench: Bench, cost: Cost) -> int:
-        """Bytes of training on the bench's batch: the larger of the measured peak and the count.
-
-        The measured peak includes a rule's records of a batch, so the records count twice. The
-        result is then too large, never too small.
-        """
-        at_peak = max(
-            cost.kept_bytes + self.held.gradients, (cost.peak_memory_bytes or 0) - self.resolution
-        )
-        return at_peak + self.other_bytes + cost.rule_bytes + bench.batch_bytes

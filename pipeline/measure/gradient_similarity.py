@@ -1,6 +1,6 @@
 """The similarity of a rule's gradient to BPTT's, layer by layer, on one batch.
 
-With g the gradient of a synapse's weight:
+With g the gradient of a layer's weight:
 
     cosine(rule)     g_rule . g_BPTT / (|g_rule| |g_BPTT|)      the mean over the rule's draws; 0 if
                                                                 g_rule is 0, -1 if it is not finite
@@ -20,13 +20,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from pipeline.rules.base import LossFn, OverTime, Rule, World
 from pipeline.spiking.dropout import Dropout
-from pipeline.spiking.synapse import Conv2d, Linear
 
-Gradients = Mapping[str, Tensor]  # by the name of a synapse
+Gradients = Mapping[str, Tensor]  # by the name of a layer
 
 
 def gradients(
@@ -41,9 +41,9 @@ def gradients(
     step: int = 0,
     batches: int = 1,
 ) -> dict[str, Tensor]:
-    """The gradient that `rule` computes for each synapse's weight in a copy of `network`.
+    """The gradient that `rule` computes for each layer's weight in a copy of `network`.
 
-    The synapses are in order of registration.
+    The layers are linear layers and convolutions, torch's included, in order of registration.
 
     Dropout is off, because torch's dropout draws in the order of calls, which is layer by layer in
     BPTT and step by step in an online rule. All other random draws use equally seeded generators.
@@ -59,6 +59,12 @@ def gradients(
         ValueError: the rule refuses the network.
     """
     network = copy.deepcopy(network)
+    # before `attach`, which may replace a layer by another one with the same weight
+    weights = {
+        name: module.weight
+        for name, module in network.named_modules()
+        if isinstance(module, (nn.Linear, _ConvNd))
+    }
     rule.attach(network, world=world, over_time=over_time)
     if rule_state is not None:
         rule.load_state_dict(rule_state)
@@ -77,32 +83,32 @@ def gradients(
     finally:
         rule.release()
     return {
-        name: torch.zeros_like(w) if (w := module.weight).grad is None else w.grad
-        for name, module in network.named_modules()
-        if isinstance(module, (Linear, Conv2d))
+        name: torch.zeros_like(weight) if weight.grad is None else weight.grad
+        for name, weight in weights.items()
     }
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Both measures of each synapse, by its name. NaN if BPTT's gradient is 0 or not finite."""
+    """Both measures of each layer, by its name. NaN if BPTT's gradient is 0 or not finite."""
 
     temporal_share: dict[str, float]
     cosines: dict[str, dict[str, float]]  # by rule label
+    overall: dict[str, float]  # by rule label: the cosine of all layers' gradients as one vector
 
     @property
     def layers(self) -> list[str]:
-        """Names of the synapses; empty if no rule was compared."""
+        """Names of the layers; empty if no rule was compared."""
         return list(next(iter(self.cosines.values()), {}))
 
     @property
     def comparable(self) -> list[str]:
-        """Names of the synapses with a cosine, which are the same for every rule."""
+        """Names of the layers with a cosine, which are the same for every rule."""
         cosines = next(iter(self.cosines.values()), {})
         return [name for name, cosine in cosines.items() if not math.isnan(cosine)]
 
     def lowest(self, label: str) -> tuple[str, float]:
-        """The synapse with a rule's lowest cosine, and the cosine; ("", NaN) without any cosine."""
+        """The layer with a rule's lowest cosine, and the cosine; ("", NaN) without any cosine."""
         cosines = {
             name: cosine for name, cosine in self.cosines[label].items() if not math.isnan(cosine)
         }
@@ -129,7 +135,16 @@ def fidelity(
             }
             for label, draws in rules.items()
         },
+        {
+            label: statistics.fmean(_cosine(_joined(bptt), _joined(draw)) for draw in draws)
+            for label, draws in rules.items()
+            if bptt  # a network may have no such layer
+        },
     )
+
+
+def _joined(gradients: Gradients) -> Tensor:
+    return torch.cat([gradient.flatten() for gradient in gradients.values()])
 
 
 def _temporal_share(bptt: Tensor, sltt: Tensor) -> float:

@@ -1,8 +1,9 @@
 """What `spiketrain show`, `probe`, `sweep` and `plan` print of a recipe before it is trained."""
 
+import io
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,18 @@ from pipeline.core.units import counted
 from pipeline.data.base import DataError
 from pipeline.forecast.bench import RESERVE, Cost
 from pipeline.forecast.plan import Cluster, Plan
-from pipeline.forecast.probe import Probe
+from pipeline.forecast.probe import Measured, Probe
 from pipeline.forecast.probe import advice as probe_advice
 from pipeline.forecast.step_counts import describe_steps
 from pipeline.forecast.sweep import Sweep
 from pipeline.measure.memory import format_hardware, hardware_differences
-from pipeline.recipe import BASELINE
+from pipeline.recipe import BASELINE, is_baseline
 from pipeline.recipe.json import differing, listed
 from pipeline.recipe.recipe import Recipe, Role, select
 from pipeline.recipe.suite import Suite, references, refuse_references
 from pipeline.report.compare import finite
 from pipeline.report.results import ReportError, Run, read_run
+from pipeline.report.rule_comparison import Comparison
 from pipeline.report.selection import differing_conditions
 from pipeline.train.backend.deepspeed import config
 from pipeline.train.build import check_recipe, with_placeholder_weights
@@ -33,6 +35,7 @@ from pipeline.train.weights import study_inputs
 
 _ESTIMATED = "estimated, not measured"
 _RULE = Column("rule")
+_LOWEST_COSINE = Column("lowest cosine", align_right=True, wraps=True)
 Row = dict[str | Column, str]  # cell texts by column; a column given as text contains numbers
 
 
@@ -155,63 +158,112 @@ def print_probe(probe: Probe, *, console: Console | None = None) -> None:
 
     Notes name each rule that cannot train the network or has no cosine, with the reason.
     """
-    console, fidelity = console or new_console(), probe.fidelity
-    base, fastest = probe.cost(BASELINE), probe.time_baseline
-    rows: list[Row] = []
-    for cost in probe.costs:
-        lowest_cosine = ""
-        if fidelity is not None and cost.rule in fidelity.cosines:
-            layer, cosine = fidelity.lowest(cost.rule)
-            lowest_cosine = "-" if math.isnan(cosine) else f"{cosine:.2f} {layer}"
-        rows.append(
-            {
-                _RULE: cost.rule,
-                "saved": _with_ratio(cost, base, "peak_saved_bytes", "MB", 1e6),
-                **_state_cells(cost),
-                "forward": _with_ratio(cost, fastest, "forward_s", "ms", 1e-3),
-                "backward": _with_ratio(cost, fastest, "backward_s", "ms", 1e-3),
-                "mult/sample": _with_ratio(cost, base, "multiplications", "M", 1e6),
-                "add/sample": _with_ratio(cost, base, "additions", "M", 1e6),
-                Column("lowest cosine", align_right=True, wraps=True): lowest_cosine,
-            }
-        )
-    _print_rows(console, rows, title=probe.recipe)
+    base = probe.cost(BASELINE)
+    unknown = sorted({name for cost in probe.costs for name in cost.not_counted})
+    notes = [f"mult and add exclude operators without a known count: {', '.join(unknown)}"]
+    teacher = [] if probe.teacher is None else [probe.teacher.describe()]
+    _print_measured(
+        probe,
+        probe.recipe,
+        lambda cost: {
+            "mult/sample": _with_ratio(cost, base, "multiplications", "M", 1e6),
+            "add/sample": _with_ratio(cost, base, "additions", "M", 1e6),
+            _LOWEST_COSINE: _lowest_cosine(probe, cost),
+        },
+        [*(notes if unknown else []), *teacher],
+        console or new_console(),
+    )
+
+
+def comparison_text(found: Comparison) -> str:
+    """The costs of each rule, its cosine with BPTT's gradient, and the advice, in 80 columns."""
+    gigabytes = (found.memory or 0) / 1e9
+    note = (
+        f"largest batch: estimated from the memory of two batches, for {gigabytes:.3g} GB, of which"
+        f" {RESERVE:.0%} is left free; without an optimizer's state"
+    )
+    console = Console(file=(text := io.StringIO()), width=80)
+    _print_measured(
+        found,
+        found.network,
+        lambda cost: {
+            "largest batch": f"{found.largest_batch[cost.rule]:,}" if found.largest_batch else "",
+            "cosine": _cosine_text(found.cosine(cost.rule)),
+        },
+        [note] if found.largest_batch else [],
+        console,
+    )
+    return text.getvalue().rstrip()
+
+
+def _print_measured(
+    measured: Measured,
+    title: str,
+    cells: Callable[[Cost], Row],
+    notes: Sequence[str],
+    console: Console,
+) -> None:
+    fidelity, base, fastest = measured.fidelity, measured.cost(BASELINE), measured.time_baseline
+    rows: list[Row] = [
+        {
+            _RULE: cost.rule,
+            "saved": _with_ratio(cost, base, "peak_saved_bytes", "MB", 1e6),
+            **_state_cells(cost),
+            "forward": _with_ratio(cost, fastest, "forward_s", "ms", 1e-3),
+            "backward": _with_ratio(cost, fastest, "backward_s", "ms", 1e-3),
+            **cells(cost),
+        }
+        for cost in measured.costs
+    ]
+    _print_rows(console, rows, title=title)
     if fidelity is not None:
         console.print()
         share = {"temporal share": fidelity.temporal_share} if fidelity.temporal_share else {}
+        cosines = {rule: each for rule, each in fidelity.cosines.items() if not is_baseline(rule)}
         layer_rows: list[Row] = [
             {
                 Column("layer"): layer,
                 **{
-                    name: "-" if math.isnan(by_layer[layer]) else f"{by_layer[layer]:.2f}"
-                    for name, by_layer in {**share, **fidelity.cosines}.items()
+                    name: _cosine_text(by_layer[layer])
+                    for name, by_layer in {**share, **cosines}.items()
                 },
             }
-            for layer in next(iter(fidelity.cosines.values()), {})
+            for layer in fidelity.layers
+            if cosines
         ]
         _print_rows(console, layer_rows, title="cosine with BPTT's gradient")
     console.print()
-    for rule, reason in probe.refused.items():
+    for rule, reason in measured.refused.items():
         prefix = "" if reason.startswith(rule) else f"{rule}: "
         say(console, f"not in the tables: {prefix}{reason}")
-    for reason in probe.uncompared.values():
+    for reason in measured.uncompared.values():
         say(console, f"not compared: {reason}")
     if fastest is not None:
         say(
             console,
-            f"×: bytes and operations relative to {BASELINE}, seconds relative to {fastest.rule},"
-            f" the faster of {BASELINE} folded over time and in slices of time",
+            f"×: seconds relative to {fastest.rule}, the faster of {BASELINE} folded over time and"
+            f" in slices of time, all else relative to {BASELINE}",
         )
-    if unknown := sorted({name for cost in probe.costs for name in cost.not_counted}):
-        say(console, f"mult and add exclude operators without a known count: {', '.join(unknown)}")
+    for note in notes:
+        say(console, note)
     say(
         console,
-        f"measured on one batch of {counted(probe.samples, 'sample')}, T = {probe.time_steps},"
-        f" before training; {format_hardware(probe.hardware)}",
+        f"measured on one batch of {counted(measured.samples, 'sample')}, T ="
+        f" {measured.time_steps}, before training; {format_hardware(measured.hardware)}",
     )
-    if probe.teacher is not None:
-        say(console, probe.teacher.describe())
-    say(console, probe_advice(probe))
+    say(console, probe_advice(measured))
+
+
+def _lowest_cosine(probe: Probe, cost: Cost) -> str:
+    fidelity = probe.fidelity
+    if fidelity is None or cost.rule not in fidelity.cosines or is_baseline(cost.rule):
+        return ""
+    layer, cosine = fidelity.lowest(cost.rule)
+    return f"{_cosine_text(cosine)} {layer}".rstrip()
+
+
+def _cosine_text(cosine: float) -> str:
+    return "-" if math.isnan(cosine) else f"{cosine:.2f}"
 
 
 def probe_to_json(probe: Probe) -> dict[str, Any]:
@@ -226,7 +278,6 @@ def probe_to_json(probe: Probe) -> dict[str, Any]:
 
 
 def _with_ratio(cost: Cost, base: Cost | None, name: str, unit: str, scale: float) -> str:
-
     value = getattr(cost, name)
     base_value = 0.0 if base is None else getattr(base, name)
     ratio = f"\t×{value / base_value:.2f}" if base_value else ""

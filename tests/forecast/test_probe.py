@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from pipeline.forecast.bench import DRAWS, RULES, Bench, Cost, DoesNotFit
+from pipeline.forecast.bench import DRAWS, RULES, BatchBench, Bench, Cost, DoesNotFit
 from pipeline.forecast.probe import Probe, advice, probe
 from pipeline.forecast.sweep import sweep
 from pipeline.measure.gradient_similarity import Fidelity, gradients
@@ -215,7 +215,7 @@ def probe_full_at_the_gradient_of(label: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_where_a_gradient_does_not_fit_its_costs_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     found = probe_full_at_the_gradient_of("SLTT-2", monkeypatch)
-    assert found.fidelity is not None and set(found.fidelity.cosines) == {"SLTT"}
+    assert found.fidelity is not None and set(found.fidelity.cosines) == {"BPTT", "SLTT"}
     assert f"not compared: SLTT-2's gradient: {FULL}" in printed(print_probe, found)
 
 
@@ -244,7 +244,7 @@ def test_a_teacher_that_does_not_fit_is_refused_before_rules_are_tried(
 ) -> None:
     full = Mock(side_effect=torch.OutOfMemoryError)
     monkeypatch.setattr("pipeline.forecast.bench.seconds_of", full)
-    monkeypatch.delattr(Bench, "cost")
+    monkeypatch.delattr(BatchBench, "cost")
     why = r"^small's teacher: a batch must fit into memory; \d samples at T = 4 do not$"
     for forecast in (probe, partial(sweep, steps=(4,))):
         with pytest.raises(DoesNotFit, match=why):
@@ -279,7 +279,7 @@ def probed(**rules: tuple[float, float, dict[str, float]]) -> Probe:
         costs=tuple(costs),
         rounds={cost.rule: (cost.compute_s,) * 3 for cost in costs},
         teacher=None,
-        fidelity=Fidelity({}, {name: layers for name, (*_, layers) in rules.items() if layers}),
+        fidelity=Fidelity({}, {name: layers for name, (*_, layers) in rules.items() if layers}, {}),
         refused={},
         uncompared={},
         hardware={"cpu": "a cpu", "gpu": "none", "threads": 1},
