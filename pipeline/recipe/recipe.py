@@ -457,7 +457,7 @@ class Recipe(_Fields):
                 functools.partial(shorten, ["k", "chunk", "truncate"]),
             ),
             teacher=self.with_untrained_teacher().teacher,
-            data=data.with_(steps=steps) if "steps" in data.kwargs else data,
+            data=_map_specs(data, functools.partial(shorten, ["steps"])),
             time_steps=steps,
             batch_size=8,
             micro_batch=None,
@@ -487,7 +487,8 @@ class Recipe(_Fields):
         """
         require(
             len(shape) != 4 or shape[0] == self.time_steps,
-            f"recipe: data.steps must be time_steps={self.time_steps}; got {shape[0]}",
+            "recipe: data.steps, the T of its recordings, must be"
+            f" time_steps={self.time_steps}; got {shape[0]}",
         )
         for key, steps in _time_steps_in("model", self.model):
             require(

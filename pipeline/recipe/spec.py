@@ -43,7 +43,8 @@ class Spec:
         object.__setattr__(self, "kwargs", types.MappingProxyType(kwargs))
 
     def build(self, *args: Any, **runtime_kwargs: Any) -> Any:
-        """Call the target. Keywords that are specs are built first; specs inside a tuple are not.
+        """Call the target. Keywords that are specs are built first. Specs inside a tuple are not,
+        nor is a keyword that the target annotates as `Spec`.
 
         Args:
             args, runtime_kwargs: further arguments that only the running process knows.
@@ -51,8 +52,9 @@ class Spec:
         Raises:
             ValueError: the target does not accept these arguments.
         """
+        hints = _hints(self.target)
         kwargs = {
-            key: value.build() if isinstance(value, Spec) else value
+            key: value.build() if isinstance(value, Spec) and hints.get(key) is not Spec else value
             for key, value in self.kwargs.items()
         } | runtime_kwargs
         try:

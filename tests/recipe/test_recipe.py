@@ -121,7 +121,7 @@ def after(key: str, value: Any) -> Recipe:
             lambda: small().split(3),
             "must be divisible by 3 workers; got 32; the nearest sizes are 30 and 33",
         ),
-        (lambda: at_steps(4, 5), r"^recipe: data\.steps must be time_steps=4; got 5$"),
+        (lambda: at_steps(4, 5), r"^recipe: data\.steps, .*, must be time_steps=4; got 5$"),
         (
             lambda: at_steps(5, 5),
             r"^recipe: model\.time_steps must be the recipe's time_steps=5; got 4$",
@@ -507,3 +507,14 @@ def test_a_recipes_family_is_its_folders_name() -> None:
 def test_a_spec_survives_pickling() -> None:
     part = spec(SLTT, k=3)
     assert pickle.loads(pickle.dumps(part)) == part and isinstance(part, Spec)
+
+
+def given(part: Spec, built: Any) -> tuple[Spec, Any]:
+    return part, built
+
+
+def test_a_keyword_that_is_annotated_as_a_spec_gets_the_spec() -> None:
+    part, built = spec(given, part=spec(SLTT, k=3), built=spec(SLTT, k=3)).build()
+    assert part == spec(SLTT, k=3) and isinstance(built, SLTT)
+    with pytest.raises(ValueError, match="given: part must be Spec; got "):
+        spec(given, part=SLTT(), built=None)
