@@ -10,9 +10,17 @@ from torch import Tensor
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import IF, LIF, PLIF
 from pipeline.spiking.state import fresh_state
-from pipeline.spiking.surrogate import ATan, Rectangle, Sigmoid, Triangle
+from pipeline.spiking.surrogate import ATan, FastSigmoid, Rectangle, Sigmoid, Triangle
 
-SURROGATES = (Triangle(1.0), Triangle(0.7), Sigmoid(4.0), Rectangle(1.0), Rectangle(0.6), ATan(2.0))
+SURROGATES = (
+    Triangle(1.0),
+    Triangle(0.7),
+    Sigmoid(4.0),
+    Rectangle(1.0),
+    Rectangle(0.6),
+    ATan(2.0),
+    FastSigmoid(25.0),
+)
 
 
 class Case(NamedTuple):

@@ -16,7 +16,15 @@ from pipeline.rules.sltt import SLTT
 from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.neuron import IF, LIF, PLIF, fire, named_neurons
 from pipeline.spiking.state import fresh_state
-from pipeline.spiking.surrogate import ATan, Rectangle, Sigmoid, Surrogate, Triangle, spike
+from pipeline.spiking.surrogate import (
+    ATan,
+    FastSigmoid,
+    Rectangle,
+    Sigmoid,
+    Surrogate,
+    Triangle,
+    spike,
+)
 from pipeline.spiking.synapse import Linear
 from tests.helpers.rule_networks import (
     batch,
@@ -217,7 +225,9 @@ def expressions(
     )
 
 
-@pytest.mark.parametrize("surrogate", [Triangle(), Triangle(2.0), Sigmoid(), Rectangle(), ATan()])
+@pytest.mark.parametrize(
+    "surrogate", [Triangle(), Triangle(2.0), Sigmoid(), Rectangle(), ATan(), FastSigmoid()]
+)
 @pytest.mark.parametrize("subtract", [None, THRESHOLD, 1.3])
 @pytest.mark.parametrize("has_reset_gradient", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -184,10 +184,14 @@ def _times_derivative(g, u, threshold, surrogate, a, b):
     elif surrogate == 2:
         for i in range(len(u)):
             g[i] *= b if abs(u[i] - threshold) <= a else zero
-    else:
+    elif surrogate == 3:
         for i in range(len(u)):
             z = a * (u[i] - threshold)
             g[i] *= one / (one + z * z) * b
+    else:
+        for i in range(len(u)):
+            z = one + abs(a * (u[i] - threshold))
+            g[i] *= one / (z * z)
 
 
 @compiled

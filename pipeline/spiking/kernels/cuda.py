@@ -60,9 +60,12 @@ def _derivative(distance, a, b, SURROGATE: tl.constexpr):
         return a * e / ((1.0 + e) * (1.0 + e))
     elif SURROGATE == 2:
         return tl.where(tl.abs(distance) <= a, b, 0.0)
-    else:
+    elif SURROGATE == 3:
         z = a * distance
         return b / (1.0 + z * z)
+    else:
+        z = 1.0 + tl.abs(a * distance)
+        return 1.0 / (z * z)
 
 
 @_jit

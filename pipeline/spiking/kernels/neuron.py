@@ -29,12 +29,19 @@ from pipeline.spiking.kernels.operators import (
     new_step,
     new_steps,
 )
-from pipeline.spiking.surrogate import ATan, Rectangle, Sigmoid, Surrogate, Triangle
+from pipeline.spiking.surrogate import (
+    ATan,
+    FastSigmoid,
+    Rectangle,
+    Sigmoid,
+    Surrogate,
+    Triangle,
+)
 
 # u from the current c = x / beta and the membrane v: decay v + c, decay v + (1 - decay) c, or
 # c + decay (v - c), which is torch.lerp.
 ADDED, SCALED, INTERPOLATED = range(3)
-TRIANGLE, SIGMOID, RECTANGLE, ATAN = range(4)
+TRIANGLE, SIGMOID, RECTANGLE, ATAN, FAST_SIGMOID = range(5)
 
 
 class Constants(NamedTuple):
@@ -63,6 +70,8 @@ def surrogate_constants(surrogate: Surrogate) -> tuple[int, float, float] | None
     if type(surrogate) is ATan:
         return ATAN, math.pi / 2 * surrogate.alpha, surrogate.alpha / 2
     return None
+    if type(surrogate) is FastSigmoid:
+        return FAST_SIGMOID, surrogate.slope, 0.0
 
 
 def run(
