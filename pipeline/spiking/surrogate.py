@@ -130,10 +130,10 @@ def spike(u_minus_threshold: Tensor, *, surrogate: Surrogate) -> Tensor:
     return _Spike.apply(u_minus_threshold, surrogate)  # type: ignore[return-value]
 
 
-def heaviside(u_minus_threshold: Tensor) -> Tensor:
-    """1 where the argument is >= 0, else 0, in the argument's dtype. There is no backward."""
+def heaviside(u_minus_threshold: Tensor, margin: float = 0.0) -> Tensor:
+    """1 where the argument is >= `margin`, else 0, in the argument's dtype. It has no backward."""
     # With `out` there is no intermediate tensor of booleans.
-    return torch.ge(u_minus_threshold, 0, out=torch.empty_like(u_minus_threshold))
+    return torch.ge(u_minus_threshold, margin, out=torch.empty_like(u_minus_threshold))
 
 
 class _Spike(torch.autograd.Function):
