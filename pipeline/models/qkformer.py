@@ -328,6 +328,7 @@ class OverSamples(LIF):
         return cls(
             neuron.decay,
             threshold=neuron.threshold,
+            comparison=neuron.comparison,
             reset=neuron.reset,
             subtract=neuron.subtract if neuron.reset == "subtract" else None,
             reset_gradient=neuron.reset_gradient,

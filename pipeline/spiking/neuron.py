@@ -30,6 +30,7 @@ from pipeline.spiking.surrogate import Surrogate, Triangle, heaviside
 
 # "auto": the fused kernel of the device, where there is one; "eager": torch.
 Kernel = Literal["auto", "eager"]
+Comparison = Literal[">=", ">"]
 
 
 def identity(x: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ class LIF(nn.Module):
 
         u[t] = decay v[t-1] + x[t],   v[0] = 0
                (scale_input: u[t] = decay v[t-1] + (1 - decay) x[t])
-        s[t] = 1 if u[t] >= threshold else 0
+        s[t] = 1 if u[t] >= threshold else 0   (comparison ">": 1 if u[t] > threshold)
         v[t] = u[t] - subtract s[t]   (reset "subtract")   or   u[t] (1 - s[t])   (reset "zero")
 
     The membrane v has at least fp32 (float64 for a float64 current). Spikes have the dtype of the
@@ -51,6 +52,7 @@ class LIF(nn.Module):
         decay: the fraction of the membrane that remains after a time step: 1 - 1/tau with tau in
             steps, snnTorch's beta.
         threshold: in units of the current.
+        comparison: ">=", or ">", as in snnTorch and norse.
         reset: "subtract" or "zero", see above.
         subtract: the amount that a spike subtracts from the membrane, in units of the current;
             None: the threshold. With a larger amount the membrane can be negative after a spike.
@@ -71,6 +73,7 @@ class LIF(nn.Module):
         decay: float = 0.5,
         *,
         threshold: float = 1.0,
+        comparison: Comparison = ">=",
         reset: Literal["subtract", "zero"] = "subtract",
         subtract: float | None = None,
         reset_gradient: Literal["detached", "kept"] = "detached",
@@ -82,6 +85,7 @@ class LIF(nn.Module):
         refuse_unless_one_of("LIF", ("auto", "eager"), kernel=kernel)
         require(0 <= decay <= 1, f"LIF: decay must be in 0..1; got decay={decay}")
         require(threshold > 0, f"LIF: threshold must be > 0; got threshold={threshold}")
+        refuse_unless_one_of("LIF", (">=", ">"), comparison=comparison)
         refuse_unless_one_of("LIF", ("subtract", "zero"), reset=reset)
         require(
             subtract is None or (reset == "subtract" and subtract > 0),
@@ -102,6 +106,7 @@ class LIF(nn.Module):
         )
         self.decay = decay
         self.threshold = threshold
+        self.comparison: Comparison = comparison
         self.reset: Literal["subtract", "zero"] = reset
         self.subtract = threshold if subtract is None else subtract
         self.reset_gradient: Literal["detached", "kept"] = reset_gradient
@@ -135,6 +140,7 @@ class LIF(nn.Module):
                 charge,
                 0.0 if learnt_decay is not None else self.decay,
                 self.threshold,
+                self.margin,
                 self.subtract if self.reset == "subtract" else None,
                 gain,
                 beta,
@@ -190,7 +196,7 @@ class LIF(nn.Module):
             return v_B
         subtract = self.subtract if self.reset == "subtract" else None
         rest_B = torch.zeros_like(v_B) if subtract is None else v_B - subtract
-        return torch.where(v_B - self.threshold >= 0, rest_B, v_B)
+        return torch.where(v_B - self.threshold >= self.margin, rest_B, v_B)
 
     def _stored(self, x_TB: Tensor) -> Tensor | None:
         """The stored membrane, which may be the one before the reset (`fused.is_before_reset`)."""
@@ -207,6 +213,16 @@ class LIF(nn.Module):
             )
         return v_B
 
+    @property
+    def margin(self) -> float:
+        """The neuron fires where u - threshold >= margin.
+
+        For the comparison ">" it is the distance from the threshold to the next number of float64.
+        In fp32 and float64, no u - threshold lies between 0 and this distance. (In fp32 it is 0 for
+        thresholds below 1e-29.)
+        """
+        return math.ulp(self.threshold) if self.comparison == ">" else 0.0
+
     def learnt_decay(self) -> Tensor | None:
         """The decay as a tensor of shape (1,) with a gradient; None: it is a constant."""
         return None
@@ -216,6 +232,7 @@ class LIF(nn.Module):
         return fire(
             self.charge(x_B, v_B),
             threshold=self.threshold,
+            margin=self.margin,
             subtract=self.subtract if self.reset == "subtract" else None,
             has_reset_gradient=self.reset_gradient == "kept",
             surrogate=self.surrogate,
@@ -232,9 +249,10 @@ class LIF(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"decay={self.decay}, threshold={self.threshold}, reset={self.reset!r},"
-            f" subtract={self.subtract}, reset_gradient={self.reset_gradient!r},"
-            f" scale_input={self.scale_input}, surrogate={self.surrogate}"
+            f"decay={self.decay}, threshold={self.threshold}, comparison={self.comparison!r},"
+            f" reset={self.reset!r}, subtract={self.subtract},"
+            f" reset_gradient={self.reset_gradient!r}, scale_input={self.scale_input},"
+            f" surrogate={self.surrogate}"
         )
 
 
@@ -259,6 +277,7 @@ class PLIF(LIF):
         decay: float = 0.5,
         *,
         threshold: float = 1.0,
+        comparison: Comparison = ">=",
         reset: Literal["subtract", "zero"] = "subtract",
         subtract: float | None = None,
         reset_gradient: Literal["detached", "kept"] = "detached",
@@ -274,6 +293,7 @@ class PLIF(LIF):
         super().__init__(
             decay,
             threshold=threshold,
+            comparison=comparison,
             reset=reset,
             subtract=subtract,
             reset_gradient=reset_gradient,
@@ -294,7 +314,7 @@ class PLIF(LIF):
     def extra_repr(self) -> str:
         return (
             f"decay={self.decay_logit.sigmoid().item():.4g}, threshold={self.threshold},"
-            f" reset={self.reset!r}, subtract={self.subtract},"
+            f" comparison={self.comparison!r}, reset={self.reset!r}, subtract={self.subtract},"
             f" reset_gradient={self.reset_gradient!r}, scale_input={self.scale_input},"
             f" surrogate={self.surrogate}"
         )
@@ -312,6 +332,7 @@ def learnt_decays(model: nn.Module) -> list[str]:
 def IF(
     *,
     threshold: float = 1.0,
+    comparison: Comparison = ">=",
     reset: Literal["subtract", "zero"] = "subtract",
     subtract: float | None = None,
     reset_gradient: Literal["detached", "kept"] = "detached",
@@ -322,6 +343,7 @@ def IF(
     return LIF(
         1.0,
         threshold=threshold,
+        comparison=comparison,
         reset=reset,
         subtract=subtract,
         reset_gradient=reset_gradient,
@@ -339,6 +361,7 @@ def fire(
     u_B: Tensor,
     *,
     threshold: float,
+    margin: float = 0.0,
     subtract: float | None,
     has_reset_gradient: bool,
     surrogate: Surrogate,
@@ -351,13 +374,14 @@ def fire(
     The backward keeps a = u - threshold. If a reset to zero is differentiated, it also keeps u.
 
     Args:
+        margin: the neuron fires where u - threshold >= margin.
         subtract: the amount that a spike subtracts from the membrane; None: a reset to zero.
         has_reset_gradient: whether the reset is differentiated; if not, its s is a constant.
 
     Raises: RuntimeError in a backward with `create_graph`.
     """
     return _Fire.apply(  # type: ignore[return-value]  # apply is untyped
-        u_B, threshold, subtract, has_reset_gradient, surrogate
+        u_B, threshold, margin, subtract, has_reset_gradient, surrogate
     )
 
 
@@ -367,22 +391,25 @@ class _Fire(torch.autograd.Function):
         ctx: Any,
         u_B: Tensor,
         threshold: float,
+        margin: float,
         subtract: float | None,
         has_reset_gradient: bool,
         surrogate: Surrogate,
     ) -> tuple[Tensor, Tensor]:
         a_B = u_B - threshold
-        s_B = heaviside(a_B)
-        ctx.subtract, ctx.surrogate = subtract, surrogate
+        s_B = heaviside(a_B, margin)
+        ctx.margin, ctx.subtract, ctx.surrogate = margin, subtract, surrogate
         ctx.has_reset_gradient = has_reset_gradient
         ctx.set_materialize_grads(False)  # a detached membrane has no gradient
         if subtract is None and has_reset_gradient:
             ctx.save_for_backward(a_B, u_B)
-            return s_B, u_B.masked_fill(a_B >= 0, 0)
+            return s_B, u_B.masked_fill(a_B >= margin, 0)
         ctx.save_for_backward(a_B)
         ctx.mark_dirty(u_B)
         return s_B, (
-            u_B.masked_fill_(a_B >= 0, 0) if subtract is None else u_B.sub_(s_B, alpha=subtract)
+            u_B.masked_fill_(a_B >= margin, 0)
+            if subtract is None
+            else u_B.sub_(s_B, alpha=subtract)
         )
 
     @staticmethod
@@ -397,10 +424,10 @@ class _Fire(torch.autograd.Function):
             reset_g_s = g_v * (u[0] if ctx.subtract is None else ctx.subtract)
             g_s = -reset_g_s if g_s is None else g_s - reset_g_s
         if g_v is not None and ctx.subtract is None:
-            g_v = g_v.masked_fill(a_B >= 0, 0)
+            g_v = g_v.masked_fill(a_B >= ctx.margin, 0)
         g_u = g_v
         if g_s is not None:
             g_u = ctx.surrogate.derivative(a_B).mul_(g_s)
             if g_v is not None:
                 g_u.add_(g_v)
-        return g_u, None, None, None, None
+        return g_u, None, None, None, None, None

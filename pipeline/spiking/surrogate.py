@@ -93,6 +93,34 @@ class ATan(_Scaled):
         )
 
 
+@dataclass(frozen=True)
+class FastSigmoid:
+    """psi(x) = 1 / (1 + k |x|)^2, k = `slope` > 0.
+
+    Raises: ValueError unless `slope` > 0.
+    Source: Zenke & Ganguli 2018 (arXiv 1705.11146); snnTorch's `fast_sigmoid`, whose default is 25.
+    """
+
+    slope: float = 25.0
+
+    def __post_init__(self) -> None:
+        require(self.slope > 0, f"FastSigmoid: slope must be > 0; got slope={self.slope}")
+
+    def derivative(self, u_minus_threshold: Tensor) -> Tensor:
+        return (self.slope * u_minus_threshold).abs_().add_(1).square_().reciprocal_()
+
+
+def SuperSpike(slope: float = 100.0) -> FastSigmoid:
+    """The FastSigmoid of SuperSpike (Zenke & Ganguli 2018), with the slope that SpyTorch uses.
+
+    The slope is norse's `alpha`. norse 1.1 does not use its `alpha`: its gradients are those of
+    slope 1.
+
+    Raises: ValueError unless `slope` > 0.
+    """
+    return FastSigmoid(slope)
+
+
 def spike(u_minus_threshold: Tensor, *, surrogate: Surrogate) -> Tensor:
     """1 where the argument is >= 0, else 0, in the argument's dtype. The backward uses `surrogate`.
 
@@ -102,10 +130,10 @@ def spike(u_minus_threshold: Tensor, *, surrogate: Surrogate) -> Tensor:
     return _Spike.apply(u_minus_threshold, surrogate)  # type: ignore[return-value]
 
 
-def heaviside(u_minus_threshold: Tensor) -> Tensor:
-    """1 where the argument is >= 0, else 0, in the argument's dtype. There is no backward."""
+def heaviside(u_minus_threshold: Tensor, margin: float = 0.0) -> Tensor:
+    """1 where the argument is >= `margin`, else 0, in the argument's dtype. It has no backward."""
     # With `out` there is no intermediate tensor of booleans.
-    return torch.ge(u_minus_threshold, 0, out=torch.empty_like(u_minus_threshold))
+    return torch.ge(u_minus_threshold, margin, out=torch.empty_like(u_minus_threshold))
 
 
 class _Spike(torch.autograd.Function):

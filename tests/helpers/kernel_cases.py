@@ -10,9 +10,17 @@ from torch import Tensor
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import IF, LIF, PLIF
 from pipeline.spiking.state import fresh_state
-from pipeline.spiking.surrogate import ATan, Rectangle, Sigmoid, Triangle
+from pipeline.spiking.surrogate import ATan, FastSigmoid, Rectangle, Sigmoid, Triangle
 
-SURROGATES = (Triangle(1.0), Triangle(0.7), Sigmoid(4.0), Rectangle(1.0), Rectangle(0.6), ATan(2.0))
+SURROGATES = (
+    Triangle(1.0),
+    Triangle(0.7),
+    Sigmoid(4.0),
+    Rectangle(1.0),
+    Rectangle(0.6),
+    ATan(2.0),
+    FastSigmoid(25.0),
+)
 
 
 class Case(NamedTuple):
@@ -28,10 +36,12 @@ class Case(NamedTuple):
     slices: int
     gain: float
     beta: float
+    comparison: str
     decay: float = 0.4
 
     def build(self, kernel: str) -> LIF:
         about: dict[str, Any] = {
+            "comparison": self.comparison,
             "reset": self.reset,
             "reset_gradient": self.reset_gradient,
             "surrogate": self.surrogate,
@@ -48,8 +58,9 @@ class Case(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    """Every combination of what a kernel branches on; scales and slices in turn."""
+    """Every combination of what a kernel branches on; scales, slices and comparisons in turn."""
     turns = itertools.cycle([(1.0, 1.0, 1), (2.74, 1.25, 2), (2.74, 1.0, 1), (1.0, 1.25, 2)])
+    comparisons = itertools.cycle([">=", ">", ">=", ">", ">"])
     for neuron, surrogate, reset, gradient, scale, cut, steps in itertools.product(
         ("LIF", "IF", "PLIF"),
         SURROGATES,
@@ -63,7 +74,8 @@ def cases() -> Iterator[Case]:
             continue
         gain, beta, slices = next(turns)
         yield Case(
-            neuron, surrogate, reset, gradient, scale, cut, steps, min(slices, steps), gain, beta
+            *(neuron, surrogate, reset, gradient, scale, cut, steps, min(slices, steps)),
+            *(gain, beta, next(comparisons)),
         )
 
 

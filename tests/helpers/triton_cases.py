@@ -40,7 +40,7 @@ def rounded_as_in_eager() -> None:
     spikes = [outputs(lif, x_TB * 2**26) for lif in leaky]
     assert torch.equal(*spikes) and 0.1 < spikes[0].mean() < 0.9
     # One rounding of 1.1 and one of its reciprocal give another number than 1 / 1.1 rounded once.
-    inverse_beta = cuda._numbers(0.5, 1.0, None, 1.0, 1.1)[-1]
+    inverse_beta = cuda._numbers(0.5, 1.0, 0.0, None, 1.0, 1.1)[-1]
     assert inverse_beta == float(1 / torch.tensor(1.1)) != float(torch.tensor(1 / 1.1))
     plif = PLIF(0.5)
     (g_decay,) = torch.autograd.grad(

@@ -70,7 +70,7 @@ def compile_neurons() -> None:
     outcome(case._replace(steps=4), "auto", x_TB, x_TB)
     outputs(LIF(1, threshold=2), x_TB)  # integers have another type than floats
     cuda.lif_forward(
-        x_TB, None, None, torch.ones(3), None, 1, 0.4, 0.0, 0.0, 1.0, 1.0, False, False, True
+        x_TB, None, None, torch.ones(3), None, 1, 0.4, 0.0, 0.0, 0.0, 1.0, 1.0, False, False, True
     )
 
 

@@ -91,7 +91,14 @@ def test_a_silent_last_norm_leaves_what_the_last_shortcut_carries(kind, step, sh
     assert torch.equal(y_TBCHW % step, torch.zeros_like(y_TBCHW)) and y_TBCHW.min() >= 0
 
 
-NEURON = LIF(0.5, threshold=0.8, reset="zero", scale_input=True, surrogate=Sigmoid(3.0))
+NEURON = LIF(
+    0.5,
+    threshold=0.8,
+    comparison=">",
+    reset="zero",
+    scale_input=True,
+    surrogate=Sigmoid(3.0),
+)
 
 
 def test_a_neuron_over_samples_is_the_lif_on_the_samples_one_after_another() -> None:

@@ -1,4 +1,5 @@
 import itertools
+import operator
 from functools import partial
 
 import pytest
@@ -16,7 +17,15 @@ from pipeline.rules.sltt import SLTT
 from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.neuron import IF, LIF, PLIF, fire, named_neurons
 from pipeline.spiking.state import fresh_state
-from pipeline.spiking.surrogate import ATan, Rectangle, Sigmoid, Surrogate, Triangle, spike
+from pipeline.spiking.surrogate import (
+    ATan,
+    FastSigmoid,
+    Rectangle,
+    Sigmoid,
+    Surrogate,
+    Triangle,
+    spike,
+)
 from pipeline.spiking.synapse import Linear
 from tests.helpers.rule_networks import (
     batch,
@@ -31,28 +40,36 @@ from tests.helpers.saved import SavedBytes
 
 run = partial(outputs, grad=True)
 VARIANTS = list(itertools.product(("subtract", "zero"), ("detached", "kept")))
+FIRES = {">=": operator.ge, ">": operator.gt}
 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    currents=st.lists(st.floats(-2, 3, width=32), min_size=1, max_size=12),
+    currents=st.lists(
+        st.floats(-2, 3, width=32) | st.integers(-2, 3).map(float), min_size=1, max_size=12
+    ),
     decay=st.sampled_from([0.0, 1 / 11, 0.5, 0.9, 1.0]),
     threshold=st.sampled_from([0.3, 1.0, 2.0]),
+    comparison=st.sampled_from([">=", ">"]),
     reset=st.sampled_from(["subtract", "zero"]),
     scale_input=st.booleans(),
 )
-def test_equations_against_a_loop_over_numbers(currents, decay, threshold, reset, scale_input):
+def test_equations_against_a_loop_over_numbers(
+    currents, decay, threshold, comparison, reset, scale_input
+):
     scale_input = scale_input and decay < 1
     v, expected, closest = 0.0, [], 1.0
     for x in currents:
         u = decay * v + ((1 - decay) * x if scale_input else x)
-        s = 1.0 if u >= threshold else 0.0
+        s = 1.0 if FIRES[comparison](u, threshold) else 0.0
         v = u - threshold * s if reset == "subtract" else u * (1 - s)
         expected.append(s)
         closest = min(closest, abs(u - threshold))
     if 0 < closest < 1e-12:
         return  # one rounding decides whether it spikes
-    lif = LIF(decay, threshold=threshold, reset=reset, scale_input=scale_input)
+    lif = LIF(
+        decay, threshold=threshold, comparison=comparison, reset=reset, scale_input=scale_input
+    )
     x_TB = torch.tensor(currents, dtype=torch.float64).reshape(-1, 1, 1)
     with fresh_state(lif):
         assert lif(x_TB).flatten().tolist() == expected
@@ -60,12 +77,13 @@ def test_equations_against_a_loop_over_numbers(currents, decay, threshold, reset
 
 
 @pytest.mark.parametrize(("reset", "reset_gradient"), VARIANTS)
-@pytest.mark.parametrize(("x1", "x2"), [(0.7, 0.6), (1.3, 0.9), (1.6, 0.4)])
-def test_gradient_through_one_carried_membrane(reset, reset_gradient, x1, x2):
+@pytest.mark.parametrize(("x1", "x2"), [(0.7, 0.6), (1.3, 0.9), (1.6, 0.4), (1.0, 0.6)])
+@pytest.mark.parametrize("comparison", FIRES)
+def test_gradient_through_one_carried_membrane(comparison, reset, reset_gradient, x1, x2):
     """dL/dx[1] of L = s[2], by hand: psi(u2 - th) decay dv1/du1, the last factor from the reset."""
     decay, threshold = 0.5, 1.0
     psi = lambda u: max(0.0, 1 - abs(u - threshold))
-    s1 = float(x1 >= threshold)
+    s1 = float(FIRES[comparison](x1, threshold))
     v1, slope = {
         ("subtract", "detached"): (x1 - s1, 1.0),
         ("subtract", "kept"): (x1 - s1, 1 - threshold * psi(x1)),
@@ -73,7 +91,8 @@ def test_gradient_through_one_carried_membrane(reset, reset_gradient, x1, x2):
         ("zero", "kept"): (x1 * (1 - s1), 1 - s1 - x1 * psi(x1)),
     }[reset, reset_gradient]
     x_TB = torch.tensor([x1, x2], dtype=torch.float64).reshape(2, 1, 1).requires_grad_()
-    s_TB = run(LIF(decay, threshold=threshold, reset=reset, reset_gradient=reset_gradient), x_TB)
+    about = {"threshold": threshold, "comparison": comparison, "reset": reset}
+    s_TB = run(LIF(decay, reset_gradient=reset_gradient, **about), x_TB)
     (g,) = torch.autograd.grad(s_TB[1].sum(), x_TB)
     assert g.flatten().tolist() == pytest.approx(
         [psi(decay * v1 + x2) * decay * slope, psi(decay * v1 + x2)], abs=1e-15
@@ -146,6 +165,47 @@ def test_what_is_kept_for_backward(reset, reset_gradient, kernel):
     s_TB.sum().backward()
 
 
+@pytest.mark.parametrize("kernel", ["auto", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("reset", ["subtract", "zero"])
+@pytest.mark.parametrize("comparison", FIRES)
+def test_whole_numbers_reach_the_threshold_and_pass_it(comparison, reset, dtype, kernel):
+    """As the currents of 1-bit weights do."""
+    x_TB, v_B = torch.randint(-2, 4, (20, 50)), torch.zeros(50, dtype=torch.int64)
+    spikes, reached = [], 0
+    for x_B in x_TB:
+        u_B = v_B + x_B
+        s_B = FIRES[comparison](u_B, 3)
+        v_B = torch.where(s_B, u_B - 3 if reset == "subtract" else 0, u_B)
+        spikes.append(s_B)
+        reached += int((u_B == 3).sum())
+    neuron = IF(threshold=3.0, comparison=comparison, reset=reset, kernel=kernel)
+    s_TB = run(neuron, *x_TB.to(dtype).split([1, 6, 13]))
+    assert torch.equal(s_TB, torch.stack(spikes).to(dtype)) and reached > 50
+
+
+@pytest.mark.parametrize("kernel", ["auto", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("threshold", [0.7, 1.0, 3e-5, 1e6])
+def test_the_next_number_passes_the_threshold(threshold, dtype, kernel):
+    """The threshold is a number of the membrane's dtype, as the current is."""
+    at = torch.tensor(threshold, dtype=dtype)
+    x_TB = torch.stack([at.nextafter(at * 0), at, at.nextafter(at * 2)]).unsqueeze(0)
+    for comparison, expected in ((">=", [0, 1, 1]), (">", [0, 0, 1])):
+        neuron = LIF(threshold=threshold, comparison=comparison, kernel=kernel)
+        assert run(neuron, x_TB).tolist() == [expected]
+
+
+@pytest.mark.parametrize("kernel", ["auto", "eager"])
+def test_the_comparison_moves_no_surrogate(kernel):
+    """A window of 0.5 to both sides of the threshold contains its two ends."""
+    x_TB = torch.arange(-2, 4, 0.25).view(1, 1, -1).requires_grad_()
+    for comparison in FIRES:
+        neuron = LIF(comparison=comparison, surrogate=Rectangle(1.0), kernel=kernel)
+        (g_TB,) = torch.autograd.grad(run(neuron, x_TB).sum(), x_TB)
+        assert x_TB[g_TB == 1].tolist() == [0.5, 0.75, 1.0, 1.25, 1.5]
+
+
 def test_IF_forgets_nothing():
     """In a batch. The next one starts at rest."""
     lif, x_TB = IF(), torch.full((4, 1, 1), 0.25)
@@ -161,6 +221,10 @@ test_refuses = refusals(
         (lambda: LIF(1.5), r"LIF: decay must be in 0\.\.1; got decay=1\.5"),
         (lambda: LIF(-0.1), r"LIF: decay must be in 0\.\.1; got decay=-0\.1"),
         (lambda: LIF(threshold=0), r"LIF: threshold must be > 0; got threshold=0"),
+        (
+            lambda: IF(comparison="<"),
+            r"LIF: comparison must be '>=' or '>'; got comparison='<'",
+        ),
         (
             lambda: LIF(reset="hard"),
             r"LIF: reset must be 'subtract' or 'zero'; got reset='hard'",
@@ -199,6 +263,7 @@ def test_subtract_is_what_a_spike_takes():
 def test_a_neuron_is_found_and_says_which_it_is():
     assert [name for name, _ in named_neurons(lif_network())] == ["1", "3"]
     assert "decay=0.25" in repr(LIF(0.25)) and repr(Triangle()) in repr(LIF())
+    assert all("comparison='>'" in repr(cls(comparison=">")) for cls in (LIF, PLIF, IF))
 
 
 # -------------------------------------------------------------------------------------------- fire
@@ -217,7 +282,9 @@ def expressions(
     )
 
 
-@pytest.mark.parametrize("surrogate", [Triangle(), Triangle(2.0), Sigmoid(), Rectangle(), ATan()])
+@pytest.mark.parametrize(
+    "surrogate", [Triangle(), Triangle(2.0), Sigmoid(), Rectangle(), ATan(), FastSigmoid()]
+)
 @pytest.mark.parametrize("subtract", [None, THRESHOLD, 1.3])
 @pytest.mark.parametrize("has_reset_gradient", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -3,7 +3,15 @@ import math
 import pytest
 import torch
 
-from pipeline.spiking.surrogate import ATan, Rectangle, Sigmoid, Triangle, spike
+from pipeline.spiking.surrogate import (
+    ATan,
+    FastSigmoid,
+    Rectangle,
+    Sigmoid,
+    SuperSpike,
+    Triangle,
+    spike,
+)
 from tests.helpers.rule_networks import refusals
 
 # Each derivative written out with math alone.
@@ -16,6 +24,9 @@ CASES = [
     (Rectangle(4.0), lambda x: 0.25 if abs(x) <= 2 else 0.0),
     (ATan(), lambda x: 1 / (1 + (math.pi * x) ** 2)),
     (ATan(3.0), lambda x: 1.5 / (1 + (1.5 * math.pi * x) ** 2)),
+    (FastSigmoid(), lambda x: 1 / (1 + 25 * abs(x)) ** 2),
+    (SuperSpike(), lambda x: 1 / (1 + 100 * abs(x)) ** 2),
+    (SuperSpike(1.0), lambda x: 1 / (1 + abs(x)) ** 2),
 ]
 POINTS = [-2.5, -1.0, -0.5, -0.3, -1e-9, 0.0, 0.2, 0.5, 0.7, 2.0, 3.0]
 
@@ -45,6 +56,12 @@ def test_a_surrogate_is_a_value():
 
 
 test_refuses_a_window_without_width = refusals(
-    (lambda cls=cls: cls(0), rf"{cls.__name__}: alpha must be > 0; got alpha=0")
-    for cls in (Triangle, Sigmoid, Rectangle, ATan)
+    (lambda cls=cls: cls(0), rf"{cls.__name__}: {name} must be > 0; got {name}=0")
+    for cls, name in (
+        (Triangle, "alpha"),
+        (Sigmoid, "alpha"),
+        (Rectangle, "alpha"),
+        (ATan, "alpha"),
+        (FastSigmoid, "slope"),
+    )
 )

@@ -104,20 +104,20 @@ def _exp_of(x: Any) -> Any:
 
 
 @compiled
-def _after_reset(u, v, threshold, reset, subtract):
-    zero = threshold - threshold
+def _after_reset(u, v, threshold, margin, reset, subtract):
     if reset == 0:
+        zero = threshold - threshold
         for i in range(len(u)):
-            v[i] = zero if u[i] - threshold >= zero else u[i]
+            v[i] = zero if u[i] - threshold >= margin else u[i]
     else:
         for i in range(len(u)):
-            v[i] = u[i] - subtract if u[i] - threshold >= zero else u[i]
+            v[i] = u[i] - subtract if u[i] - threshold >= margin else u[i]
 
 
 @compiled
 def _forward(
     first, end, neurons, steps, x_at, x_step, v0_at, s_at, v_end_at, u_at, charge, decay, current,
-    threshold, reset, subtract, gain, beta, resets_first,
+    threshold, margin, reset, subtract, gain, beta, resets_first,
 ):  # fmt: skip
     """The neurons from `first` to `end`. Names with `_at` are addresses; 0: there is none.
 
@@ -136,7 +136,7 @@ def _forward(
         count = stop - begin
         v = v_end[begin:stop] if len(v_end) else v_of[:count]
         if len(v0) and resets_first:
-            _after_reset(v0[begin:stop], v, threshold, reset, subtract)
+            _after_reset(v0[begin:stop], v, threshold, margin, reset, subtract)
         elif len(v0):
             v[:] = v0[begin:stop]
         else:
@@ -163,8 +163,8 @@ def _forward(
             if len(s):
                 s_t = s[t * neurons + begin : t * neurons + stop]
                 for i in range(count):
-                    s_t[i] = gain if u_t[i] - threshold >= zero else zero
-            _after_reset(u_t, v, threshold, reset, subtract)
+                    s_t[i] = gain if u_t[i] - threshold >= margin else zero
+            _after_reset(u_t, v, threshold, margin, reset, subtract)
 
 
 # ----------------------------------------------------------------------------------------- backward
@@ -184,17 +184,21 @@ def _times_derivative(g, u, threshold, surrogate, a, b):
     elif surrogate == 2:
         for i in range(len(u)):
             g[i] *= b if abs(u[i] - threshold) <= a else zero
-    else:
+    elif surrogate == 3:
         for i in range(len(u)):
             z = a * (u[i] - threshold)
             g[i] *= one / (one + z * z) * b
+    else:
+        for i in range(len(u)):
+            z = one + abs(a * (u[i] - threshold))
+            g[i] *= one / (z * z)
 
 
 @compiled
 def _backward(
     first, end, neurons, steps, u_at, v0_at, x_at, x_step, g_s_at, g_s_step, g_v_end_at, g_x_at,
-    g_x_step, g_v0_at, g_decay, charge, decay, current, threshold, reset, subtract, gain, beta,
-    resets_first, surrogate, a, b, reset_gradient, cut,
+    g_x_step, g_v0_at, g_decay, charge, decay, current, threshold, margin, reset, subtract, gain,
+    beta, resets_first, surrogate, a, b, reset_gradient, cut,
 ):  # fmt: skip
     """As `_forward`. `g_decay` has one sum for each block; empty: the decay is not learnt. Without
     `u_at`, u of each block is computed again.
@@ -218,8 +222,8 @@ def _backward(
             offset = begin * u.itemsize  # bytes
             _forward(
                 0, count, count, steps, x_at + offset, x_step, v0_at + offset if v0_at else 0, 0, 0,
-                u_of.ctypes.data, charge, decay, current, threshold, reset, subtract, gain, beta,
-                resets_first,
+                u_of.ctypes.data, charge, decay, current, threshold, margin, reset, subtract, gain,
+                beta, resets_first,
             )  # fmt: skip
         total = 0.0
         has_g_v = len(g_v_end) > 0
@@ -244,7 +248,7 @@ def _backward(
             if has_g_v:
                 if reset == 0:
                     for i in range(count):
-                        g[i] += zero if u_t[i] - threshold >= zero else g_v[i]
+                        g[i] += zero if u_t[i] - threshold >= margin else g_v[i]
                 else:
                     for i in range(count):
                         g[i] += g_v[i]
@@ -252,9 +256,9 @@ def _backward(
                 v[:] = zero
                 if t > 0:
                     before = u_block[(t - 1) * u_step : (t - 1) * u_step + count]
-                    _after_reset(before, v, threshold, reset, subtract)
+                    _after_reset(before, v, threshold, margin, reset, subtract)
                 elif len(v0) and resets_first:
-                    _after_reset(v0[begin:stop], v, threshold, reset, subtract)
+                    _after_reset(v0[begin:stop], v, threshold, margin, reset, subtract)
                 elif len(v0):
                     v[:count] = v0[begin:stop]
                 if charge >= 2:
@@ -330,7 +334,7 @@ def lif_forward(
 
     The last membrane is written to `end_B`, or to a new tensor if needs_end.
     """
-    constants, (saves_u, needs_end) = Constants(*about[:7]), about[7:]
+    constants, (saves_u, needs_end) = Constants(*about[:8]), about[8:]
     if levels is not None:
         threshold, subtract, gain = levels.tolist()
         constants = constants._replace(threshold=threshold, subtract=subtract, gain=gain)
@@ -373,8 +377,8 @@ def lif_backward(
     """The backward of `neuron.py`. `about`: the `Constants`, three numbers of the surrogate,
     reset_gradient, cut, needs_v and sums_steps.
     """
-    constants, (surrogate, a, b, reset_gradient, cut) = Constants(*about[:7]), about[7:12]
-    needs_v, sums_steps = about[12:]
+    constants, (surrogate, a, b, reset_gradient, cut) = Constants(*about[:8]), about[8:13]
+    needs_v, sums_steps = about[13:]
     like = x_TB if u_TB is None else u_TB
     assert like is not None
     wide = membrane_dtype(like)
@@ -422,12 +426,12 @@ def _numbers(
 ) -> tuple[Any, ...]:
     """The kernels' arguments from `charge` to `resets_first`."""
     f = _DTYPES[dtype]
-    charge, decay, threshold, subtract, gain, beta, resets_first = constants
+    charge, decay, threshold, margin, subtract, gain, beta, resets_first = constants
     decay = decay if learnt_decay is None else learnt_decay.item()
     current = 1 - decay if charge else 1
     reset = 0 if subtract is None else 1
     return (
-        *(charge, f(decay), f(current), f(threshold)),
+        *(charge, f(decay), f(current), f(threshold), f(margin)),
         *(reset, f(subtract or 0), f(gain), f(beta), resets_first),
     )
 

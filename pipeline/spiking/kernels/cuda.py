@@ -45,8 +45,8 @@ def _charge(v, x, decay, weight, inverse_beta, CHARGE: tl.constexpr, SCALES: tl.
 
 
 @_jit
-def _reset(u, threshold, subtract, TO_ZERO: tl.constexpr):
-    fires = u - threshold >= 0.0
+def _reset(u, threshold, margin, subtract, TO_ZERO: tl.constexpr):
+    fires = u - threshold >= margin
     return tl.where(fires, 0.0 if TO_ZERO else u - subtract, u)
 
 
@@ -60,15 +60,18 @@ def _derivative(distance, a, b, SURROGATE: tl.constexpr):
         return a * e / ((1.0 + e) * (1.0 + e))
     elif SURROGATE == 2:
         return tl.where(tl.abs(distance) <= a, b, 0.0)
-    else:
+    elif SURROGATE == 3:
         z = a * distance
         return b / (1.0 + z * z)
+    else:
+        z = 1.0 + tl.abs(a * distance)
+        return 1.0 / (z * z)
 
 
 @_jit
 def _forward(
     x, v0, learnt_decay, levels, s, v_end, u, neurons: tl.int64, x_step: tl.int64, decay, weight,
-    threshold, subtract, gain, inverse_beta, STEPS: tl.constexpr, CHARGE: tl.constexpr,
+    threshold, margin, subtract, gain, inverse_beta, STEPS: tl.constexpr, CHARGE: tl.constexpr,
     TO_ZERO: tl.constexpr, HAS_V: tl.constexpr, LEARNT: tl.constexpr, LEVELS: tl.constexpr,
     SCALES: tl.constexpr, SAVES_U: tl.constexpr, NEEDS_END: tl.constexpr,
     RESETS_FIRST: tl.constexpr, BLOCK: tl.constexpr,
@@ -83,15 +86,15 @@ def _forward(
         gain = tl.load(levels + 2)
     v = tl.load(v0 + i, mask, 0.0) if HAS_V else tl.zeros((BLOCK,), tl.float32)
     if RESETS_FIRST:
-        v = _reset(v, threshold, subtract, TO_ZERO)
+        v = _reset(v, threshold, margin, subtract, TO_ZERO)
     for t in range(STEPS):
         x_t = tl.load(x + t * x_step + i, mask, 0.0)
         v = _charge(v, x_t, decay, weight, inverse_beta, CHARGE, SCALES)
         if SAVES_U:
             tl.store(u + t * neurons + i, v, mask)
-        spikes = tl.where(v - threshold >= 0.0, gain, 0.0)
+        spikes = tl.where(v - threshold >= margin, gain, 0.0)
         tl.store(s + t * neurons + i, spikes.to(s.dtype.element_ty), mask)
-        v = _reset(v, threshold, subtract, TO_ZERO)
+        v = _reset(v, threshold, margin, subtract, TO_ZERO)
     if NEEDS_END:
         tl.store(v_end + i, v, mask)
 
@@ -99,7 +102,7 @@ def _forward(
 @_jit
 def _backward(
     u, x, v0, learnt_decay, g_s, g_v_end, g_x, g_v0, g_decay, neurons: tl.int64, x_step: tl.int64,
-    g_s_step: tl.int64, decay, weight, threshold, subtract, gain, inverse_beta, a, b,
+    g_s_step: tl.int64, decay, weight, threshold, margin, subtract, gain, inverse_beta, a, b,
     STEPS: tl.constexpr, CHARGE: tl.constexpr, TO_ZERO: tl.constexpr, HAS_U: tl.constexpr,
     HAS_V: tl.constexpr, LEARNT: tl.constexpr, SCALES: tl.constexpr, HAS_G_S: tl.constexpr,
     HAS_G_V: tl.constexpr, NEEDS_V: tl.constexpr, SURROGATE: tl.constexpr,
@@ -115,7 +118,7 @@ def _backward(
     g_v = tl.load(g_v_end + i, mask, 0.0) if HAS_G_V else tl.zeros((BLOCK,), tl.float32)
     first = tl.load(v0 + i, mask, 0.0) if HAS_V else tl.zeros((BLOCK,), tl.float32)
     if RESETS_FIRST:
-        first = _reset(first, threshold, subtract, TO_ZERO)
+        first = _reset(first, threshold, margin, subtract, TO_ZERO)
     for back in range(STEPS):
         t = STEPS - 1 - back
         v = first  # v[t-1]
@@ -123,12 +126,12 @@ def _backward(
             u_t = tl.load(u + t * neurons + i, mask, 0.0)
             if LEARNT and t > 0:
                 before = tl.load(u + (t - 1) * neurons + i, mask, 0.0)
-                v = _reset(before, threshold, subtract, TO_ZERO)
+                v = _reset(before, threshold, margin, subtract, TO_ZERO)
         else:
             for k in range(t):
                 x_k = tl.load(x + k * x_step + i, mask, 0.0)
                 u_k = _charge(v, x_k, decay, weight, inverse_beta, CHARGE, SCALES)
-                v = _reset(u_k, threshold, subtract, TO_ZERO)
+                v = _reset(u_k, threshold, margin, subtract, TO_ZERO)
             x_t = tl.load(x + t * x_step + i, mask, 0.0)
             u_t = _charge(v, x_t, decay, weight, inverse_beta, CHARGE, SCALES)
         distance = u_t - threshold
@@ -139,7 +142,7 @@ def _backward(
         if RESET_GRADIENT:
             g -= g_v * (u_t if TO_ZERO else subtract)
         g = g * _derivative(distance, a, b, SURROGATE)
-        g += tl.where(distance >= 0.0, 0.0, g_v) if TO_ZERO else g_v
+        g += tl.where(distance >= margin, 0.0, g_v) if TO_ZERO else g_v
         if LEARNT:
             if CHARGE == 2:
                 x_t = tl.load(x + t * x_step + i, mask, 0.0)
@@ -176,6 +179,7 @@ def lif_forward(
     charge: int,
     decay: float,
     threshold: float,
+    margin: float,
     subtract: float | None,
     gain: float,
     beta: float,
@@ -191,7 +195,7 @@ def lif_forward(
     u_TB = new_steps(x_TB, torch.float32) if saves_u else None
     _forward[_grid(neurons)](
         x_TB, v_B, learnt_decay, levels, s_TB, written_B, u_TB, neurons, time_stride(x_TB),
-        *_numbers(decay, threshold, subtract, gain, beta),
+        *_numbers(decay, threshold, margin, subtract, gain, beta),
         STEPS=steps, CHARGE=charge, TO_ZERO=subtract is None and levels is None,
         HAS_V=v_B is not None, LEARNT=learnt_decay is not None, LEVELS=levels is not None,
         SCALES=beta != 1, SAVES_U=saves_u, NEEDS_END=written_B is not None,
@@ -212,6 +216,7 @@ def lif_backward(
     charge: int,
     decay: float,
     threshold: float,
+    margin: float,
     subtract: float | None,
     gain: float,
     beta: float,
@@ -236,7 +241,7 @@ def lif_backward(
     _backward[_grid(neurons)](
         u_TB, x_TB, v_B, learnt_decay, g_s_TB, g_v_B, g_x_TB, g_v0_B, sums, neurons,
         time_stride(x_TB), time_stride(g_s_TB),
-        *_numbers(decay, threshold, subtract, gain, beta), a, b,
+        *_numbers(decay, threshold, margin, subtract, gain, beta), a, b,
         STEPS=steps, CHARGE=charge, TO_ZERO=subtract is None, HAS_U=u_TB is not None,
         HAS_V=v_B is not None, LEARNT=learnt_decay is not None, SCALES=beta != 1,
         HAS_G_S=g_s_TB is not None, HAS_G_V=g_v_B is not None, NEEDS_V=needs_v,
@@ -252,11 +257,16 @@ def lif_backward(
 
 @cache
 def _numbers(
-    decay: float, threshold: float, subtract: float | None, gain: float, beta: float
+    decay: float,
+    threshold: float,
+    margin: float,
+    subtract: float | None,
+    gain: float,
+    beta: float,
 ) -> tuple[float, ...]:
     """The arguments from `decay` to `inverse_beta`, in fp32; Triton gives integers another type."""
     inverse_beta = np.float32(1) / np.float32(beta)  # by which torch multiplies on a GPU
-    numbers = (decay, 1 - decay, threshold, subtract or 0, gain, inverse_beta)
+    numbers = (decay, 1 - decay, threshold, margin, subtract or 0, gain, inverse_beta)
     return tuple(float(np.float32(number)) for number in numbers)
 
 

@@ -29,22 +29,30 @@ from pipeline.spiking.kernels.operators import (
     new_step,
     new_steps,
 )
-from pipeline.spiking.surrogate import ATan, Rectangle, Sigmoid, Surrogate, Triangle
+from pipeline.spiking.surrogate import (
+    ATan,
+    FastSigmoid,
+    Rectangle,
+    Sigmoid,
+    Surrogate,
+    Triangle,
+)
 
 # u from the current c = x / beta and the membrane v: decay v + c, decay v + (1 - decay) c, or
 # c + decay (v - c), which is torch.lerp.
 ADDED, SCALED, INTERPOLATED = range(3)
-TRIANGLE, SIGMOID, RECTANGLE, ATAN = range(4)
+TRIANGLE, SIGMOID, RECTANGLE, ATAN, FAST_SIGMOID = range(5)
 
 
 class Constants(NamedTuple):
     """A neuron's numbers. `decay` is not used if the decay is learnt; None subtracts nothing: the
-    reset is to zero.
+    reset is to zero. The neuron fires where u - threshold >= margin.
     """
 
     charge: int
     decay: float
     threshold: float
+    margin: float
     subtract: float | None
     gain: float = 1.0
     beta: float = 1.0
@@ -62,6 +70,8 @@ def surrogate_constants(surrogate: Surrogate) -> tuple[int, float, float] | None
         return RECTANGLE, surrogate.alpha / 2, 1 / surrogate.alpha
     if type(surrogate) is ATan:
         return ATAN, math.pi / 2 * surrogate.alpha, surrogate.alpha / 2
+    if type(surrogate) is FastSigmoid:
+        return FAST_SIGMOID, surrogate.slope, 0.0
     return None
 
 
@@ -132,7 +142,7 @@ def run_rates(
     """
     x_TB = dense(x_TB)
     v_B = None if v_B is None else like(v_B, x_TB)
-    constants = Constants(charge, decay, threshold=0.0, subtract=0.0)
+    constants = Constants(charge, decay, threshold=0.0, margin=0.0, subtract=0.0)
     s_TB, end_B, _ = kernel("lif_forward", x_TB)(
         x_TB, v_B, None, levels, None, *constants, False, True
     )
@@ -230,8 +240,8 @@ def _fake_backward(
 
 
 _NEURON = (
-    "int charge, float decay, float threshold, float? subtract, float gain, float beta,"
-    " bool resets_first"
+    "int charge, float decay, float threshold, float margin, float? subtract, float gain,"
+    " float beta, bool resets_first"
 )
 define(
     "lif_forward(Tensor x, Tensor? v, Tensor? learnt_decay, Tensor? levels, Tensor(a!)? end,"
