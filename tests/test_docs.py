@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -59,6 +60,7 @@ def blocks(page: str, language: str) -> list[str]:
 [PHASES] = blocks("rules.md", "python")
 MINE, PARTS, TAUGHT, RESULT = blocks("recipes.md", "python")
 [FRAME] = blocks("comparing.md", "python")
+[WRAPPED] = blocks("data.md", "python")
 BRIEFLY = ("--inline", "--set", "backend=plain", "--set", "stop_after=2", "--set", "batch_size=8")
 # The first command of docs/recipes.md, which writes pictures.
 WRITE = blocks("recipes.md", "sh")[0].splitlines()[0].removesuffix(" --workers 2").split()[1:]
@@ -98,6 +100,21 @@ def test_a_recipe_file_of_the_page_trains(
     done("show", f"{name}.py", "--workers", "2")
     out = done("launch", f"{name}.py", *BRIEFLY)
     assert all(re.search(f"^{beginning}", out, re.MULTILINE) for beginning in said), out
+
+
+@pytest.mark.usefixtures("own_store")
+def test_a_dataset_of_torch_trains(
+    tmp_path: Path, small_fashion: Path, monkeypatch: pytest.MonkeyPatch, done: Done
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = "def recipe():\n    return small_recipe(data=data)\n"
+    Path("clothes.py").write_text(
+        f"from tests.helpers.small import small_recipe\n{WRAPPED}\n\n{recipe}"
+    )
+    assert "from_dataset" in done("show", "clothes.py")
+    shutil.copytree(small_fashion, tmp_path / "data" / "torch" / "FashionMNIST" / "raw")
+    done("launch", "clothes.py", *BRIEFLY, "--name", "clothes")
+    assert events(Path("runs/clothes"), "finish")
 
 
 def test_parts_and_phases_of_a_recipe() -> None:

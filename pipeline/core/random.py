@@ -40,6 +40,9 @@ DONOR = 9
 PAGE = 10  # the samples whose pages are checked: data/ffcv/page_checks.py
 # the samples of an evaluation with counted activity: measure/activity.py, energy.py
 COUNTED = 11
+# the state of global generators while an item of a torch Dataset is read:
+# data/datasets/torch_dataset.py
+ITEM = 12
 # attempt a of a random resized crop draws CROP + 4 * a + (0 area, 1 ratio, 2 top, 3 left)
 CROP = 16
 # These draws use the step instead of the epoch: data/mixing.py.

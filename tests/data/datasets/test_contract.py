@@ -13,6 +13,9 @@ from pipeline.data.datasets.beton import Beton
 from pipeline.data.datasets.events import Events
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.data.datasets.tasks import Permuted, SplitClasses
+from pipeline.data.datasets.torch_dataset import from_dataset
+from pipeline.recipe.recipe import spec
+from tests.data.datasets.test_torch_dataset import Noisy
 from tests.helpers.loaders import by_index, read, same
 
 SIZES: dict[str, Any] = {"seed": 5, "world": 1, "rank": 0, "threads": 1}
@@ -28,6 +31,7 @@ MAKE = {
     "split": lambda photos, moving: SplitClasses(
         Synthetic(123, classes=4, shape=(1, 8, 8), val_samples=27), task=1
     ),
+    "torch": lambda photos, moving: from_dataset(train=spec(Noisy), val=spec(Noisy, samples=13)),
 }
 
 
