@@ -26,7 +26,6 @@ from torch import Tensor, multiprocessing
 from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline.core.errors import require_data
-from pipeline.core.files import is_for_the_user
 from pipeline.core.random import ITEM, counter_hash
 from pipeline.data.base import Batch, DataError, LoaderError
 from pipeline.data.order import OrderedData, TrainOrder, ValOrder, split_held_out
@@ -344,10 +343,7 @@ def _set_generators(number: int) -> None:
 
 def _failure(text: str, error: Exception) -> DataError | LoaderError:
     """The error in one line: a LoaderError if a retry may help, else a DataError."""
-    may_be_temporary = (
-        isinstance(error, OSError)
-        and error.errno not in (None, errno.ENOENT)
-        and not is_for_the_user(error)
-    )
+    lasting = (None, errno.ENOENT, errno.EACCES, errno.EPERM)  # of a decoder: None
+    may_be_temporary = isinstance(error, OSError) and error.errno not in lasting
     message = f"{text}: {type(error).__name__}: {error}".partition("\n")[0]
     return LoaderError(message) if may_be_temporary else DataError(message)

@@ -214,4 +214,4 @@ def test_steps_without_gradients_overwrite_a_membrane_that_no_backward_needs(res
     assert all(map(torch.equal, *(each[:2] for each in found)))
     assert distance(found[0][2], found[1][2]) < 1e-6
     assert addresses[0] == addresses[1] and addresses[3] == addresses[4] == addresses[5]
-    assert len({addresses[0], *addresses[2:4]}) == 3
+    assert addresses[2] not in (addresses[1], addresses[3])
