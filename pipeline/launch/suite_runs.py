@@ -23,8 +23,7 @@ from pipeline.core.errors import UserError
 from pipeline.core.printing import say
 from pipeline.core.run_folder import RunFolder
 from pipeline.launch.cluster import Cluster, CountOrAuto
-from pipeline.launch.driver import Launcher, check_launch
-from pipeline.launch.driver_signals import AT_ONCE, SAVING_SIGNALS, on_stop_signals
+from pipeline.launch.driver import AT_ONCE, SAVING_SIGNALS, Launcher, check_launch, on_stop_signals
 from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.progress import ProgressDisplay
 from pipeline.launch.ray import LaunchError

@@ -20,7 +20,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.core.errors import UserError
-from pipeline.launch.in_process import Inline
+from pipeline.launch.driver import Inline
 from pipeline.recipe import Checkpointing, Policy
 from pipeline.train.checkpoint import background, read_trainer, step_folders, step_name
 from pipeline.train.guards import storage_outage
@@ -103,7 +103,7 @@ from dataclasses import replace
 from pathlib import Path
 from pipeline.train.checkpoint import background
 from pipeline.train.checkpoint import CheckpointStore
-from pipeline.launch.in_process import Inline
+from pipeline.launch.driver import Inline
 from tests.helpers.small import make_run, small_recipe
 
 run, address, step, name, how = sys.argv[1:6]

@@ -30,7 +30,7 @@ from pipeline.core.cpu_affinity import physical_cores
 from pipeline.core.errors import UserError
 from pipeline.data.write.images import write_fashion
 from pipeline.launch import suite_runs
-from pipeline.launch.in_process import Inline
+from pipeline.launch.driver import Inline
 from pipeline.launch.suite_runs import count_parallel_runs, train_side_by_side
 from pipeline.recipe.recipe import read_json
 from pipeline.recipe.suite import runs_of
