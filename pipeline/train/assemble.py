@@ -46,7 +46,7 @@ from pipeline.train.build import (
     build_schedule,
 )
 from pipeline.train.checkpoint import Checkpoints, expected_step, read_trainer, step_name, store_at
-from pipeline.train.checkpoint.background import LONGEST_S
+from pipeline.train.checkpoint.checkpoints import LONGEST_S
 from pipeline.train.elastic import build_mixing, fit_to_sizes, seed_everything
 from pipeline.train.gradient_fidelity import compare_gradients
 from pipeline.train.guards.storage_outage import OUTAGE_TIMEOUT_S, retry_during_outage
