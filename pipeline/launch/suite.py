@@ -55,8 +55,7 @@ from pipeline.recipe.suite import Measurement, Suite, SuiteFile, measured_in, ru
 from pipeline.track.events import Start
 from pipeline.track.journal import read
 from pipeline.track.mlflow import TrackingError, sync, tracking_uri
-from pipeline.track.provenance import conditions_of
-from pipeline.track.run_state import done_entries, state_of, suite_entries
+from pipeline.track.run_state import conditions_of, done_entries, state_of, suite_entries
 from pipeline.train.build import with_placeholder_weights
 from pipeline.train.job import was_stopped
 
