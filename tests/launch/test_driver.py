@@ -28,7 +28,8 @@ import pytest
 from rich.console import Console
 
 from pipeline.core.errors import UserError
-from pipeline.launch import driver, suite_runs
+from pipeline.launch import driver
+from pipeline.launch import suite as suites
 from pipeline.launch.driver import (
     AT_ONCE,
     ECHO_S,
@@ -41,7 +42,7 @@ from pipeline.launch.driver import (
 )
 from pipeline.launch.ray import LaunchError, WorkersEnded
 from pipeline.launch.ray_cluster import blocked_signal
-from pipeline.launch.suite_runs import train_side_by_side
+from pipeline.launch.suite import train_side_by_side
 from pipeline.track.journal import Follower, Journal
 from pipeline.train.checkpoint import CheckpointStore, owner_of, store_at
 from pipeline.train.guards import storage_outage
@@ -464,11 +465,11 @@ def test_a_suite_stops_its_runs_at_once_only_by_a_second_signal_of_a_user(
 
     @contextmanager
     def signals_come(hear: Callable[[signal.Signals], None]) -> Iterator[None]:
-        monkeypatch.setattr(suite_runs.time, "sleep", lambda seconds: [*map(hear, heard)])
+        monkeypatch.setattr(suites.time, "sleep", lambda seconds: [*map(hear, heard)])
         yield
 
-    monkeypatch.setattr(suite_runs, "on_stop_signals", signals_come)
-    monkeypatch.setattr(suite_runs, "_ChildDriver", lambda *given: run)
+    monkeypatch.setattr(suites, "on_stop_signals", signals_come)
+    monkeypatch.setattr(suites, "_ChildDriver", lambda *given: run)
     train_side_by_side(suite, Inline(), 1, Console())
     assert asked == [at_once]
 
