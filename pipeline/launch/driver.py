@@ -52,9 +52,8 @@ from pipeline.launch.cluster import (
 from pipeline.launch.prepare import prepare, write_job
 from pipeline.launch.progress import ProgressDisplay
 from pipeline.launch.ray import LaunchError, Ray, WorkersEnded
-from pipeline.recipe.printed_commands import command
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.suite import refuse_references
+from pipeline.recipe.suite import command, refuse_references
 from pipeline.track.journal import read_events
 from pipeline.track.mlflow import Mirror, tracking_uri
 from pipeline.track.mlflow_store import without_password

@@ -61,17 +61,18 @@ from pipeline.launch.resume import check_resumed, save_options
 from pipeline.measure.memory import hardware_differences
 from pipeline.recipe import own_code
 from pipeline.recipe.json import read_json, write_json
-from pipeline.recipe.printed_commands import command, trust_words
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import (
     Measurement,
     Suite,
     SuiteFile,
+    command,
     fill_references,
     measured_in,
     prerequisites,
     runs_of,
     sources,
+    trust_words,
 )
 from pipeline.track.events import Start
 from pipeline.track.journal import read
