@@ -22,8 +22,8 @@ import pipeline
 from pipeline.core.errors import UserError
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.data.datasets.tasks import Permuted, SplitClasses
+from pipeline.launch.driver import Inline
 from pipeline.launch.evaluate import evaluate_run
-from pipeline.launch.in_process import Inline
 from pipeline.launch.prepare import write_job
 from pipeline.models.mlp import mlp
 from pipeline.models.transforms import multi_head

@@ -42,11 +42,10 @@ from pipeline.cli.submit import (
     Where,
     submit_to_cluster,
 )
-from pipeline.recipe.printed_commands import command
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_files import refuse_unnamed, trust_of
 from pipeline.recipe.search import join_suites, over_seeds, parse_search, with_tuning
-from pipeline.recipe.suite import Suite, is_suite, runs_of
+from pipeline.recipe.suite import Suite, command, is_suite, runs_of
 from pipeline.track.mlflow_store import TrackingError
 from pipeline.track.run_state import done_entries, state_of, suite_entries
 

@@ -2,54 +2,71 @@
 workers and watches them. It does not train, except with `--inline`.
 
 The driver holds `RUN/driver.lock`. It follows the run's journal to show progress and to fill
-MLflow. It passes requests from signals (`driver_signals.py`) to the workers, as files in the run's
-folder.
+MLflow. It passes requests from signals to the workers, as files in the run's folder:
+
+Ctrl-C, SIGTERM     The run saves after the current step and stops. If another signal came before,
+                    the run stops at once.
+SIGUSR1, SIGHUP     The run saves and stops, and never stops at once. A scheduler sends SIGUSR1
+                    before its time limit. A terminal that closes sends SIGHUP.
 """
 
 import fcntl
+import math
 import os
+import signal
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, NoReturn, cast
+from types import FrameType
+from typing import IO, Any, NoReturn, Self, cast
 
+import torch
 from rich.console import Console
 
 from pipeline.core.checks import require
 from pipeline.core.code_version import commit
+from pipeline.core.cpu_affinity import cores_here
 from pipeline.core.errors import UserError
 from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
+from pipeline.core.torch_settings import keep_freed_memory
 from pipeline.core.units import first_few
-from pipeline.launch.cluster import RAY_FIELDS, Cluster, option_name
-from pipeline.launch.driver_signals import StopRequest, on_stop_signals
-from pipeline.launch.in_process import Inline
+from pipeline.launch.cluster import (
+    RAY_FIELDS,
+    Cluster,
+    CountOrAuto,
+    Device,
+    cores_and_loader_threads,
+    option_name,
+    refuse_unusable_gpus,
+    workers_use_gpus,
+)
 from pipeline.launch.prepare import prepare, write_job
 from pipeline.launch.progress import ProgressDisplay
 from pipeline.launch.ray import LaunchError, Ray, WorkersEnded
-from pipeline.recipe.printed_commands import command
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.suite import refuse_references
+from pipeline.recipe.suite import command, refuse_references
 from pipeline.track.journal import read_events
 from pipeline.track.mlflow import Mirror, tracking_uri
 from pipeline.track.mlflow_store import without_password
 from pipeline.track.prometheus import MetricsFile
-from pipeline.train.backend.collectives import Ranks
+from pipeline.train.backend.collectives import Ranks, group_of_one
 from pipeline.train.build import check_recipe
 from pipeline.train.checkpoint import claim, store_at
 from pipeline.train.elastic import format_sizes
 from pipeline.train.guards.storage_outage import retry_during_outage
 from pipeline.train.guards.watchdog import unreported_hangs
-from pipeline.train.job import Job, raise_refusal
+from pipeline.train.job import Job, RankInfo, raise_refusal, was_stopped
 from pipeline.train.tasks import Loaders, fingerprint_of, tasks_of
+from pipeline.train.worker import run
 from pipeline.train.writer_lock import PATIENCE_S, journal
 
 POLL_S = 0.25
@@ -57,6 +74,47 @@ MLFLOW_TIMEOUT_S = 30.0
 # `spiketrain runs` holds the lock for less than this time, to check for a driver.
 LOCK_CHECK_S = 1.0
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+class Inline:
+    """Runs the only worker of a job in the calling thread, without Ray (`--inline`), for debugging.
+
+    Raises:
+        UserError: `device` is `gpu` without a GPU, or torch cannot use this machine's GPUs.
+    """
+
+    def __init__(self, *, device: Device = "auto", loader_threads: CountOrAuto = "auto") -> None:
+        refuse_unusable_gpus(device)
+        self.device = "cuda" if workers_use_gpus(device, 1, torch.cuda.device_count()) else "cpu"
+        self.loader_threads: CountOrAuto = loader_threads
+        self._group = ExitStack()
+
+    def __enter__(self) -> Self:
+        keep_freed_memory()  # before the thread that trains starts
+        self._group.enter_context(group_of_one(self.device))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._group.close()
+
+    def max_parallel_runs(self) -> int:
+        return 1 if self.device == "cuda" else cores_here()
+
+    def resume_options(self) -> list[str]:
+        return ["--inline"]
+
+    def run(self, job: Job, attempt: str) -> dict[str, Any] | None:
+        del attempt
+        if self.device == "cuda":
+            cores, loader_threads = cores_and_loader_threads(
+                [{"CPU": float(cores_here()), "GPU": float(torch.cuda.device_count())}],
+                uses_gpus=True,
+                loader_threads=self.loader_threads,
+            )
+            job = replace(job, threads=cores, loader_threads=loader_threads)
+        return run(job, RankInfo(device=self.device))
+
+
 # A launcher starts the workers of one run after another and waits for them. It is a context
 # manager, which the main thread of the process enters and exits.
 Launcher = Ray | Inline
@@ -384,3 +442,87 @@ class _OutputUntilError:
             # Python 3.11 would try to write the buffered text at exit, and end with exit code 120.
             with suppress(OSError, ValueError):  # the file may have no descriptor
                 os.dup2(self._file.fileno(), lost.fileno())
+
+
+# ------------------------------------------------------------------------------------------ signals
+
+
+SAVING_SIGNALS = (signal.SIGUSR1, signal.SIGHUP)  # They never stop a run at once.
+AT_ONCE = "a second signal to the suite"  # the text of a request to end a run without saving
+# One request may arrive as several signals: one to the process and one to its group, or one for
+# each thread of a parent that dies (Linux 6). A signal within this time after another is ignored.
+ECHO_S = 0.3
+
+
+@contextmanager
+def on_stop_signals(on_signal: Callable[[signal.Signals], None]) -> Iterator[None]:
+    """Inside, call `on_signal` once for each request. The call interrupts the main thread.
+
+    SIGHUP stays ignored if it was ignored when this process started (nohup).
+    """
+    last_at = -math.inf
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal last_at
+        now = time.monotonic()
+        is_echo = now - last_at < ECHO_S
+        last_at = now
+        if not is_echo:
+            on_signal(signal.Signals(number))
+
+    numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    earlier_handlers = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in earlier_handlers.items():
+            signal.signal(number, handler)
+
+
+class StopRequest:
+    """Passes signals to the workers of a run, as a file in the run's folder."""
+
+    def __init__(self, folder: Path, print_line: Callable[[str], None]) -> None:
+        self._folder, self._print_line = folder, print_line
+        self._signal_name, self._is_printed = "", False
+
+    def on_signal(self, number: signal.Signals) -> None:
+        """At the first signal, ask the workers to stop. At a later signal, or if the suite of the
+        run has asked to end at once, end this process, unless the signal is one of SAVING_SIGNALS.
+
+        The request is not printed here: the main thread may be in the middle of a line.
+        """
+        if not self._signal_name and not self._is_to_end_at_once():
+            self._signal_name = number.name
+            self._write_request()
+        elif number not in SAVING_SIGNALS:
+            try:
+                self._print_line("stopped at once; a resume continues from the last checkpoint")
+            finally:
+                os._exit(130)
+
+    def _is_to_end_at_once(self) -> bool:
+        with suppress(OSError):
+            return RunFolder(self._folder).stop_request.read_text() == AT_ONCE
+        return False
+
+    def report(self) -> None:
+        """Print the request once. If the storage did not take the request, write it again. The
+        driver calls this method repeatedly.
+        """
+        if not self._signal_name:
+            return
+        self._write_request()
+        if not self._is_printed:
+            self._is_printed = True
+            self._print_line(
+                f"{self._signal_name}: saving after this step; another Ctrl-C or SIGTERM stops at"
+                " once"
+            )
+
+    def _write_request(self) -> None:
+        with suppress(OSError):
+            if not was_stopped(self._folder):
+                RunFolder(self._folder).stop_request.write_text(self._signal_name)

@@ -15,10 +15,9 @@ from pipeline.core.files import is_name
 from pipeline.core.run_folder import RunFolder
 from pipeline.launch.cluster import Cluster, check_hang_minutes
 from pipeline.recipe import own_code
-from pipeline.recipe.printed_commands import how_to_resume
 from pipeline.recipe.recipe import Recipe, read_json, write_json
 from pipeline.recipe.spec import arguments_of
-from pipeline.recipe.suite import targets_of
+from pipeline.recipe.suite import how_to_resume, targets_of
 from pipeline.train.checkpoint import Owner, absolute, owner_of, store_at
 from pipeline.train.job import Job
 from pipeline.train.tasks import fingerprint_of

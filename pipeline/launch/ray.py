@@ -29,10 +29,10 @@ from pipeline.launch.cluster import (
     refuse_unusable_gpus,
     workers_use_gpus,
 )
-from pipeline.launch.driver_signals import blocked_signal
 from pipeline.launch.ray_cluster import (
     TOKEN_ADVICE,
     alive_nodes,
+    blocked_signal,
     draw_token,
     innermost,
     offer_token,

@@ -22,6 +22,7 @@ of a node to the next step, `fast` took 16 s and Ray's defaults took 40 s.
 
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -207,3 +208,13 @@ def silent_stderr() -> Iterator[None]:
     finally:
         os.dup2(stderr, 2)
         os.close(stderr)
+
+
+@contextmanager
+def blocked_signal(number: signal.Signals) -> Iterator[None]:
+    """Block a signal in this thread and in the processes that it starts inside the block."""
+    earlier_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, earlier_mask)

@@ -20,7 +20,7 @@ from rich.console import Console
 from pipeline.core.printing import Column, has_width, new_console, number, print_table, prose, say
 from pipeline.core.units import counted
 from pipeline.recipe import BASELINE
-from pipeline.recipe.printed_commands import how_to_resume
+from pipeline.recipe.suite import how_to_resume
 from pipeline.report import tables
 from pipeline.report.drawing import Table
 from pipeline.report.metrics import compared_metrics

@@ -26,8 +26,7 @@ from pipeline.report.history import History, number
 from pipeline.report.metrics import METRICS, Metric, metric
 from pipeline.track.events import Event, Finish, Start, Step, Stopped
 from pipeline.track.journal import Record, last, read, read_events
-from pipeline.track.provenance import conditions_of, trained_on
-from pipeline.track.run_state import State, state_of
+from pipeline.track.run_state import State, conditions_of, state_of, trained_on
 
 if TYPE_CHECKING:
     import pandas as pd

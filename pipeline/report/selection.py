@@ -12,9 +12,8 @@ from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import counted, first_few
 from pipeline.recipe import is_baseline
 from pipeline.recipe.json import differing, listed
-from pipeline.recipe.printed_commands import how_to_resume
 from pipeline.recipe.recipe import Role, select
-from pipeline.recipe.suite import FILE, is_suite
+from pipeline.recipe.suite import FILE, how_to_resume, is_suite
 from pipeline.report.results import (
     UNKNOWN_RULE,
     ReportError,

@@ -19,9 +19,8 @@ from pipeline.core.printing import new_console, number, print_table, say
 from pipeline.core.units import counted, first_few
 from pipeline.recipe import BASELINE
 from pipeline.recipe.json import flat
-from pipeline.recipe.printed_commands import how_to_resume
 from pipeline.recipe.recipe import read_json
-from pipeline.recipe.suite import Report, SuiteFile, has_report, measured_in, runs_of
+from pipeline.recipe.suite import Report, SuiteFile, has_report, how_to_resume, measured_in, runs_of
 from pipeline.report.claims import SuiteResult, parse_result
 from pipeline.report.compare import (
     comparable,

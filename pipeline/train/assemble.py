@@ -6,7 +6,7 @@ import itertools
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.core.checks import require
 from pipeline.core.code_version import check_same_code, code_digest
@@ -25,14 +25,18 @@ from pipeline.core.torch_settings import compute_in
 from pipeline.data.ffcv.page_checks import ONE_IN
 from pipeline.data.mixing import Mixing
 from pipeline.measure.clock import Clock
-from pipeline.measure.gradient_similarity import Fidelity
+from pipeline.measure.gradient_similarity import Fidelity, fidelity, gradients
 from pipeline.measure.meters import Meters
 from pipeline.recipe import own_code
 from pipeline.recipe.json import differing, listed
 from pipeline.recipe.phases import Stretch, timetable
 from pipeline.recipe.recipe import Recipe, Split
 from pipeline.rules.base import Rule, World
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import to_time_first
+from pipeline.spiking.norm import batch_norms
+from pipeline.spiking.state import set_temporarily
 from pipeline.track import events
 from pipeline.track.journal import Tracker, read_events
 from pipeline.train.backend.base import Backend
@@ -46,12 +50,12 @@ from pipeline.train.build import (
     build_schedule,
 )
 from pipeline.train.checkpoint import Checkpoints, expected_step, read_trainer, step_name, store_at
-from pipeline.train.checkpoint.background import LONGEST_S
+from pipeline.train.checkpoint.checkpoints import LONGEST_S
 from pipeline.train.elastic import build_mixing, fit_to_sizes, seed_everything
-from pipeline.train.gradient_fidelity import compare_gradients
 from pipeline.train.guards.storage_outage import OUTAGE_TIMEOUT_S, retry_during_outage
 from pipeline.train.guards.watchdog import Watchdog
 from pipeline.train.job import Job, RankInfo
+from pipeline.train.objective import Loss
 from pipeline.train.recovery import Decisions
 from pipeline.train.tasks import Loaders, build_data, check_data, tasks_of
 from pipeline.train.teaching import Teaching, open_teaching
@@ -346,4 +350,52 @@ def _build_fidelity(
         recipe.objective.build().labels,
         to_time_first(batch.x, recipe.time_steps),
         batch.target,
+    )
+
+
+def compare_gradients(
+    recipe: Recipe,
+    make_network: Callable[[], nn.Module],
+    loss: Loss,
+    x_TB: Tensor,
+    target_B: Tensor,
+    network_state: Mapping[str, Tensor],
+    rule_state: Mapping[str, Tensor],
+    *,
+    step: int,
+) -> Fidelity:
+    """Compare the gradients of the rules on one batch.
+
+    Args:
+        make_network: builds the recipe's network, without a rule.
+        loss: the loss on labels alone, without a teacher.
+        network_state: the state dict of the network.
+        rule_state: the state dict of the recipe's rule.
+        step: the step of the run. It determines the rule's random draws.
+    """
+    network = make_network()
+    network.load_state_dict(network_state)
+
+    def gradients_of(rule: Rule, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        return gradients(
+            network,
+            rule,
+            x_TB,
+            lambda: loss(target_B),
+            world=World(recipe.seed),  # one rank, because the other ranks do not compare
+            over_time=recipe.over_time,
+            rule_state=state,
+            step=step,
+        )
+
+    rule: Rule = recipe.rule.build()
+    # Batch norm must not wait for the other ranks, which do not compare.
+    with set_temporarily(batch_norms(network), "between", "rank"):
+        by_rule = {"BPTT": gradients_of(BPTT()), "SLTT": gradients_of(SLTT())}
+        if rule.label not in by_rule:
+            by_rule[rule.label] = gradients_of(rule, rule_state)
+    return fidelity(
+        by_rule["BPTT"],
+        by_rule["SLTT"],
+        {label: [by_rule[label]] for label in ("SLTT", rule.label)},
     )

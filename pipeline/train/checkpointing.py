@@ -20,8 +20,8 @@ from pipeline.core.errors import Diverged
 from pipeline.core.run_folder import RunFolder
 from pipeline.track.events import Checkpoint, Preempted, Undeleted
 from pipeline.train.assemble import TrainContext
+from pipeline.train.backend.collectives import drifted
 from pipeline.train.checkpoint import SavedCheckpoint, weights_of
-from pipeline.train.guards.rank_checks import drifted
 from pipeline.train.job import Notice
 from pipeline.train.metadata import checkpoint_metadata
 from pipeline.train.recovery import Rollback

@@ -31,7 +31,7 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm, foreign_norms
 from pipeline.track.events import NO_ATTEMPT, Event, FirstBatch, Rollback, Skipped, Start, from_dict
 from pipeline.track.journal import read
-from pipeline.track.provenance import trained_on
+from pipeline.track.run_state import trained_on
 from pipeline.train.assemble import TrainContext
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.evaluation import Evaluation

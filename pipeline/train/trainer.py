@@ -24,6 +24,7 @@ from pipeline.spiking.encode import to_time_first
 from pipeline.track import events
 from pipeline.track.journal import last_event
 from pipeline.train.assemble import TrainContext
+from pipeline.train.backend.collectives import stragglers
 from pipeline.train.checkpointing import SavingHooks
 from pipeline.train.elastic import seed_micro_batch
 from pipeline.train.evaluation import (
@@ -34,7 +35,6 @@ from pipeline.train.evaluation import (
     write_predictions,
 )
 from pipeline.train.guards.anomaly import AnomalyGuard, can_undo
-from pipeline.train.guards.rank_checks import stragglers
 from pipeline.train.job import stop_reason
 from pipeline.train.loop import MicroBatch, train_batch
 from pipeline.train.metadata import hardware_of, rule_metrics, start_event, summary_of

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.in_process import Inline
+from pipeline.launch.driver import Inline
 from pipeline.launch.prepare import prepare
 from pipeline.recipe.recipe import Recipe, read_json, spec, write_json
 from pipeline.train.checkpoint import WEIGHTS, step_folders

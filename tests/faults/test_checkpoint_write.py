@@ -20,9 +20,9 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from pipeline.core.errors import UserError
-from pipeline.launch.in_process import Inline
+from pipeline.launch.driver import Inline
 from pipeline.recipe import Checkpointing, Policy
-from pipeline.train.checkpoint import background, read_trainer, step_folders, step_name
+from pipeline.train.checkpoint import checkpoints, read_trainer, step_folders, step_name
 from pipeline.train.guards import storage_outage
 from pipeline.train.recovery import Decisions
 from tests.faults.test_not_finite import hit
@@ -94,21 +94,21 @@ def fail_first(
 
 def fail_writes(patch: pytest.MonkeyPatch, step: int, *, times: int) -> None:
     error, of_step = OSError(errno.EIO, "Input/output error", "x"), step_name(step)
-    fail_first(patch, background, "_write", error, times=times, where=lambda f: of_step in str(f))
+    fail_first(patch, checkpoints, "_write", error, times=times, where=lambda f: of_step in str(f))
 
 
 KILLED = """
 import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
-from pipeline.train.checkpoint import background
+from pipeline.train.checkpoint import checkpoints
 from pipeline.train.checkpoint import CheckpointStore
-from pipeline.launch.in_process import Inline
+from pipeline.launch.driver import Inline
 from tests.helpers.small import make_run, small_recipe
 
 run, address, step, name, how = sys.argv[1:6]
 run = Path(run)
-write, seal, put = background._write, background.seal, CheckpointStore._put
+write, seal, put = checkpoints._write, checkpoints.seal, CheckpointStore._put
 
 def die(file):
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -130,7 +130,7 @@ def brought(self, file, path):
     put(self, file, path)
 
 if how == "written":
-    background._write, background.seal = written, sealed
+    checkpoints._write, checkpoints.seal = written, sealed
 else:
     CheckpointStore._put = brought
 with Inline() as launcher:
@@ -220,13 +220,13 @@ def test_where_they_were_is_empty_and_nothing_is_trained_before_they_are_back(
 
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
-    write = background._write
+    write = checkpoints._write
 
     def slowly(file: Path, value: Any) -> None:
         time.sleep(0.05)
         write(file, value)
 
-    monkeypatch.setattr(background, "_write", slowly)
+    monkeypatch.setattr(checkpoints, "_write", slowly)
 
 
 def test_going_back_waits_for_the_checkpoint_that_is_being_written(

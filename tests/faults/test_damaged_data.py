@@ -29,7 +29,7 @@ from pipeline.data.ffcv.format import JPG, RAW
 from pipeline.data.ffcv.page_checks import ONE_IN
 from pipeline.data.order import permutation, split_held_out
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.in_process import Inline
+from pipeline.launch.driver import Inline
 from pipeline.launch.prepare import prepare
 from pipeline.recipe.recipe import Policy, Recipe, spec
 from pipeline.track.run_state import state_of

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.launch.driver_signals import ECHO_S
+from pipeline.launch.driver import ECHO_S
 from pipeline.report.stores import open_store
 from pipeline.track.mlflow import sync
 from pipeline.train.checkpoint import step_folders, step_name

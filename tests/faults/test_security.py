@@ -25,7 +25,7 @@ from torch import nn
 import pipeline
 from pipeline.core.errors import UserError
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.in_process import Inline
+from pipeline.launch.driver import Inline
 from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.ray_cluster import draw_token, worker_environment
 from pipeline.recipe.recipe import read_json, write_json

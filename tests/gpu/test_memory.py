@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pipeline.data.datasets.synthetic import Synthetic
-from pipeline.launch.in_process import Inline
+from pipeline.launch.driver import Inline
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from pipeline.launch.in_process import Inline
+from pipeline.launch.driver import Inline
 from tests.helpers.cards import device_of
 from tests.helpers.small import events, make_run, small_recipe
 

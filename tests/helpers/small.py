@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2
 
 from pipeline.__main__ import main
 from pipeline.data.datasets.synthetic import Synthetic
-from pipeline.launch.in_process import Inline
+from pipeline.launch.driver import Inline
 from pipeline.models.nf_resnet import nf_resnet18_small
 from pipeline.recipe.recipe import Checkpointing, Recipe, spec, write_json
 from pipeline.recipe.recipe_files import load_recipe

@@ -17,8 +17,7 @@ from ray.exceptions import AuthenticationError
 from pipeline.cli.launch import resume
 from pipeline.core.errors import UserError
 from pipeline.launch.cluster import OPERATIONAL_FIELDS, Cluster, parse_workers
-from pipeline.launch.driver import launcher_of
-from pipeline.launch.in_process import Inline
+from pipeline.launch.driver import Inline, launcher_of
 from pipeline.launch.ray import Ray
 from pipeline.launch.ray_cluster import NODE_SETTINGS, worker_start_timeout
 

@@ -28,18 +28,21 @@ import pytest
 from rich.console import Console
 
 from pipeline.core.errors import UserError
-from pipeline.launch import driver, driver_signals, suite_runs
-from pipeline.launch.driver import drive, driver_lock, this_machine
-from pipeline.launch.driver_signals import (
+from pipeline.launch import driver
+from pipeline.launch import suite as suites
+from pipeline.launch.driver import (
     AT_ONCE,
     ECHO_S,
+    Inline,
     StopRequest,
-    blocked_signal,
+    drive,
+    driver_lock,
     on_stop_signals,
+    this_machine,
 )
-from pipeline.launch.in_process import Inline
 from pipeline.launch.ray import LaunchError, WorkersEnded
-from pipeline.launch.suite_runs import train_side_by_side
+from pipeline.launch.ray_cluster import blocked_signal
+from pipeline.launch.suite import train_side_by_side
 from pipeline.track.journal import Follower, Journal
 from pipeline.train.checkpoint import CheckpointStore, owner_of, store_at
 from pipeline.train.guards import storage_outage
@@ -377,7 +380,7 @@ def test_a_driver_that_lives_keeps_a_second_one_off(
 @pytest.fixture
 def send(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sends a signal that is no echo; what would end this process at once raises SystemExit."""
-    monkeypatch.setattr(driver_signals, "ECHO_S", 0.01)
+    monkeypatch.setattr(driver, "ECHO_S", 0.01)
     monkeypatch.setattr(os, "_exit", sys.exit)
 
     def send(number: int) -> None:
@@ -407,7 +410,7 @@ def test_the_first_asks_to_save_and_the_second_ends_at_once(
     (tmp_path / "stop").write_text(AT_ONCE)  # as a suite does at its second signal
     for asked in (request, StopRequest(tmp_path, said.append)):
         with on_stop_signals(asked.on_signal), pytest.raises(SystemExit, match=r"^130$"):
-            send(signal.SIGTERM if number in driver_signals.SAVING_SIGNALS else number)
+            send(signal.SIGTERM if number in driver.SAVING_SIGNALS else number)
     assert said[1:] == 2 * ["stopped at once; a resume continues from the last checkpoint"]
 
 
@@ -462,11 +465,11 @@ def test_a_suite_stops_its_runs_at_once_only_by_a_second_signal_of_a_user(
 
     @contextmanager
     def signals_come(hear: Callable[[signal.Signals], None]) -> Iterator[None]:
-        monkeypatch.setattr(suite_runs.time, "sleep", lambda seconds: [*map(hear, heard)])
+        monkeypatch.setattr(suites.time, "sleep", lambda seconds: [*map(hear, heard)])
         yield
 
-    monkeypatch.setattr(suite_runs, "on_stop_signals", signals_come)
-    monkeypatch.setattr(suite_runs, "_ChildDriver", lambda *given: run)
+    monkeypatch.setattr(suites, "on_stop_signals", signals_come)
+    monkeypatch.setattr(suites, "_ChildDriver", lambda *given: run)
     train_side_by_side(suite, Inline(), 1, Console())
     assert asked == [at_once]
 

@@ -46,7 +46,7 @@ from pipeline.launch.cluster import (
     cores_and_loader_threads,
     workers_use_gpus,
 )
-from pipeline.launch.in_process import Inline
+from pipeline.launch.driver import Inline
 from pipeline.launch.ray import LaunchError, Ray, WorkersEnded, _train
 from pipeline.launch.ray_cluster import innermost, worker_environment
 from pipeline.launch.ray_trainer import LoopbackConfig, NoResources

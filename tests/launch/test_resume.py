@@ -19,7 +19,7 @@ import pytest
 
 from pipeline.data.mixing import Mixing
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.in_process import Inline
+from pipeline.launch.driver import Inline
 from pipeline.launch.prepare import prepare, read_job, write_job
 from pipeline.launch.ray import Ray
 from pipeline.recipe.recipe import read_json, spec

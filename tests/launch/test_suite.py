@@ -284,7 +284,7 @@ def test_asked_to_stop_during_a_runs_last_batch_the_suite_stops_and_goes_on(
     assert error.splitlines() == lines[-3:]
     with pytest.MonkeyPatch.context() as patch:
         # Between two runs, where nobody else listens.
-        patch.setattr("pipeline.launch.suite_runs.prepare", Mock(side_effect=KeyboardInterrupt))
+        patch.setattr("pipeline.launch.suite.prepare", Mock(side_effect=KeyboardInterrupt))
         code, said, _ = spiketrain("resume", "s", "--runs", str(tmp_path))
     assert (code, said.splitlines()[-1]) == (130, stopped)
 

@@ -29,9 +29,9 @@ from rich.console import Console
 from pipeline.core.cpu_affinity import physical_cores
 from pipeline.core.errors import UserError
 from pipeline.data.write.images import write_fashion
-from pipeline.launch import suite_runs
-from pipeline.launch.in_process import Inline
-from pipeline.launch.suite_runs import count_parallel_runs, train_side_by_side
+from pipeline.launch import suite
+from pipeline.launch.driver import Inline
+from pipeline.launch.suite import count_parallel_runs, train_side_by_side
 from pipeline.recipe.recipe import read_json
 from pipeline.recipe.suite import runs_of
 from pipeline.report.selection import list_suites
@@ -313,8 +313,8 @@ def drives_as(monkeypatch: pytest.MonkeyPatch, script: str) -> None:
     def popen(words: list[str], **how: Any) -> Any:
         return real(["sh", "-c", script.replace("RUN", words[words.index("resume") + 1])], **how)
 
-    monkeypatch.setattr(suite_runs.subprocess, "Popen", popen)
-    monkeypatch.setattr(suite_runs, "_POLL_S", 0.01)
+    monkeypatch.setattr(suite.subprocess, "Popen", popen)
+    monkeypatch.setattr(suite, "_POLL_S", 0.01)
 
 
 def test_a_run_that_storage_does_not_let_begin_is_told_once_the_others_have_ended(
@@ -335,7 +335,7 @@ def test_a_run_that_the_child_of_a_killed_suite_still_saves_is_begun_once_that_h
     children, said = stand_ins(tmp_path), io.StringIO()
     (tmp_path / "run" / "stop").write_text("SIGUSR1")
     # Signals are of the main thread alone.
-    monkeypatch.setattr(suite_runs, "on_stop_signals", lambda hear: nullcontext())
+    monkeypatch.setattr(suite, "on_stop_signals", lambda hear: nullcontext())
     waiting = "waiting for another process that still trains it"
     with ThreadPoolExecutor(1) as beside:
         with (tmp_path / "run" / "driver.lock").open("w") as held_by_another:

@@ -13,7 +13,7 @@ import pytest
 import pipeline
 from pipeline.launch import suite as launch
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.in_process import Inline
+from pipeline.launch.driver import Inline
 from pipeline.launch.prepare import prepare
 from pipeline.recipe import own_code
 from pipeline.recipe.own_code import needed

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.recipe.printed_commands import command, how_to_resume
+from pipeline.recipe.suite import command, how_to_resume
 
 
 def test_a_command_has_the_folder_of_runs_the_cluster_and_the_trusted_packages(

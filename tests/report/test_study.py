@@ -5,7 +5,7 @@ import pytest
 from pipeline.report.metrics import COMPUTE
 from pipeline.report.results import Run
 from pipeline.report.study import FOLDED_ALONE, RECOMPUTES_NOTHING, Spread, Study, spread_of
-from pipeline.track.provenance import trained_on
+from pipeline.track.run_state import trained_on
 from tests.helpers.hand_made import MACHINE, events, group_of, on, recipe, run, study
 from tests.report.test_tables import tuned
 

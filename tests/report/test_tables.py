@@ -15,7 +15,7 @@ from pipeline.report.drawing import Cell, Figure, Table
 from pipeline.report.results import SILENT_S, Run, describe_state
 from pipeline.report.study import Study
 from pipeline.report.tables import SCALING_CAPTION, provenance, scaling
-from pipeline.track.system_metrics import INTERVAL_S
+from pipeline.track.mlflow import INTERVAL_S
 from tests.helpers.hand_made import CLAIM, MACHINE, group_of, on, recipe, run, study
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.track.provenance import conditions_of, trained_on
+from pipeline.track.run_state import conditions_of, trained_on
 
 
 def start(

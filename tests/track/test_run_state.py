@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.launch.cluster import Cluster
-from pipeline.launch.suite_runs import SuiteRuns
+from pipeline.launch.suite import SuiteRuns
 from pipeline.recipe.suite import Choice, Suite, SuiteFile, sources, sources_in
 from pipeline.track.run_state import best, done_entries, is_driven, state_of, top1_of
 from tests.helpers.events import RawJournal

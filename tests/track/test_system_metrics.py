@@ -4,9 +4,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.track.journal import read
-from pipeline.track.mlflow import Mirror, sync
+from pipeline.track.mlflow import Mirror, Sampler, sync
 from pipeline.track.mlflow_store import connect
-from pipeline.track.system_metrics import Sampler
 from tests.track.test_mlflow import find, history, settled
 
 CPU = "system/cpu_utilization_percentage"

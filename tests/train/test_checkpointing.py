@@ -13,7 +13,7 @@ import pytest
 from pipeline.recipe import Checkpointing, Policy
 from pipeline.track.journal import NullTracker
 from pipeline.train import checkpointing
-from pipeline.train.checkpoint import background
+from pipeline.train.checkpoint import checkpoints
 from pipeline.train.checkpointing import MARGIN_S, SavingHooks
 from pipeline.train.job import Notice, RankInfo
 from tests.helpers.small import events, finished, small_recipe
@@ -26,13 +26,13 @@ def test_all_that_a_save_stops_training_for_counts(
     """The look at the numbers before they are copied, the wait for the save before, and at the end
     that for the last.
     """
-    write = background._write
+    write = checkpoints._write
 
     def slowly(file: Path, value: Any) -> None:
         time.sleep(1.0 if file.name == "trainer.json" else 0.0)
         write(file, value)
 
-    monkeypatch.setattr(background, "_write", slowly)
+    monkeypatch.setattr(checkpoints, "_write", slowly)
     monkeypatch.setattr(SavingHooks, "_check_finite", lambda self, step: time.sleep(0.2))
     recipe = small_recipe(stop_after=2, checkpoints=Checkpointing(every=1))
     summary = finished(tmp_path / "run", recipe)

@@ -19,8 +19,8 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.opzo import OPZO
 from pipeline.rules.sltt import SLTT
 from pipeline.train import assemble
+from pipeline.train.assemble import compare_gradients
 from pipeline.train.build import check_recipe
-from pipeline.train.gradient_fidelity import compare_gradients
 from tests.helpers.small import events, finished, goes_on, same_weights, small_recipe, train_inline
 
 

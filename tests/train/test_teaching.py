@@ -18,7 +18,7 @@ from pipeline.core.errors import UserError
 from pipeline.data.base import DataError
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.data.mixing import Mixing
-from pipeline.launch.in_process import Inline
+from pipeline.launch.driver import Inline
 from pipeline.measure.constants import PARTS, REST
 from pipeline.models.mlp import mlp
 from pipeline.models.teachers.base import Teacher, content_hash

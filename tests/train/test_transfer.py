@@ -30,8 +30,8 @@ from pipeline.spiking.neuron import LIF
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import Conv2d
 from pipeline.train import evaluation, trainer, transfer
+from pipeline.train.backend.collectives import fingerprint
 from pipeline.train.checkpoint import weights_of
-from pipeline.train.guards.rank_checks import fingerprint
 from pipeline.train.objective import CrossEntropy
 from pipeline.train.transfer import (
     Arriving,

@@ -16,7 +16,7 @@ set. The others are only in the training set. The manifest stores the "object" a
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -241,20 +241,31 @@ def write_stamps(
         quality=90 if quality is None else quality,
     )
     folder = PICTURES_FOLDER if source is None else Path(source).expanduser()
-    pictures = installed_pictures(folder)
-    part_pictures = split_pictures(pictures, split)
-    origin = f"{folder.absolute()}, pictures {_check_and_hash(pictures, size)}"
-    sets: list[Source] = []
-    for part, (name, count) in enumerate((("train", samples), ("val", val_samples))):
-        items = scenes(
-            part_pictures[part], count, part=part, split=split, content_seed=content_seed
-        )
-        sets.append(Source(name, list(CLASSES), list(items), origin))
+    counts = {"train": samples, "val": val_samples}
+    sets = _sets(folder, counts, size=size, split=split, content_seed=content_seed)
     written = write_sets(
         sets, Path(out), encode, workers=workers, progress=progress, existing=existing
     )
     check_kept(written, sets)
     return written
+
+
+def _sets(
+    folder: Path, counts: Mapping[str, int], *, size: int, split: int, content_seed: int
+) -> list[Source]:
+    """The scenes of each part, from the pictures in `folder`."""
+    pictures = installed_pictures(folder)
+    parts = zip(split_pictures(pictures, split), counts.items(), strict=True)
+    origin = f"{folder.absolute()}, pictures {_check_and_hash(pictures, size)}"
+    return [
+        Source(
+            name,
+            list(CLASSES),
+            list(scenes(of_part, count, part=part, split=split, content_seed=content_seed)),
+            origin,
+        )
+        for part, (of_part, (name, count)) in enumerate(parts)
+    ]
 
 
 def _check_and_hash(pictures: Pictures, size: int) -> str:

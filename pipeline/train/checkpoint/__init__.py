@@ -11,15 +11,15 @@
 A run continues from the newest checkpoint that verifies. A damaged checkpoint is moved to
 `quarantine/`, and the previous one is tried.
 
-The modules, in reading order: `checkpoints` saves and restores, `background` writes in a thread,
-`store` keeps checkpoints in a folder or at an address and checks their owner, `selection` selects a
+The modules, in reading order: `checkpoints` saves and restores, and writes in a thread, `store`
+keeps checkpoints in a folder or at an address and checks their owner, `selection` selects a
 checkpoint, and `manifest` detects damage.
 """
 
-from pipeline.train.checkpoint.background import SavedCheckpoint
 from pipeline.train.checkpoint.checkpoints import (
     WEIGHTS,
     Checkpoints,
+    SavedCheckpoint,
     read_trainer,
     weights_of,
 )

@@ -29,10 +29,9 @@ from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.synapse import Conv2d
 from pipeline.train.backend.base import OptimizerOf
-from pipeline.train.backend.collectives import Ranks
+from pipeline.train.backend.collectives import Ranks, drifted
 from pipeline.train.backend.deepspeed import DeepSpeed
 from pipeline.train.build import build_optimizer
-from pipeline.train.guards.rank_checks import drifted
 from pipeline.train.loop import MicroBatch
 from pipeline.train.transfer import channels_last, use_channels_last
 from tests.helpers.joint import by_hand, distance, found_alike, learn, sgd, steps

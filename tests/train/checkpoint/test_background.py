@@ -23,9 +23,11 @@ from pipeline.train.backend.collectives import Ranks
 from pipeline.train.checkpoint import (
     Checkpoints,
     CheckpointStore,
-    background,
     find_damage,
     step_folders,
+)
+from pipeline.train.checkpoint import (
+    checkpoints as thread,
 )
 from tests.helpers.few import TRAINER, Counting, backend, feedback, save, step
 from tests.helpers.processes import refusal, run_ranks
@@ -35,17 +37,17 @@ from tests.helpers.waiting import until
 @contextmanager
 def writing(act: Callable[[Path], object]) -> Iterator[None]:
     """Inside, each file is written after `act`, which may wait or fail."""
-    write = background._write
+    write = thread._write
 
     def acts_first(file: Path, value: Any) -> None:
         act(file)
         write(file, value)
 
-    background._write = acts_first
+    thread._write = acts_first
     try:
         yield
     finally:
-        background._write = write
+        thread._write = write
 
 
 @pytest.fixture
@@ -292,7 +294,7 @@ def test_that_one_rank_cannot_write_is_known_at_once_and_all_write_again(tmp_pat
 
 
 def _one_is_slow(rank: int, size: int, folder: str) -> int:
-    beat, background.WAIT_S = Mock(), 0.05
+    beat, thread.WAIT_S = Mock(), 0.05
     checkpoints = of_ranks(rank, size, folder, beat=beat)
     with writing(lambda file: time.sleep(0.5 * rank)):
         checkpoints.save(1, backend(), Counting(), {**TRAINER, "world_size": size})
@@ -308,7 +310,7 @@ def test_ranks_show_signs_of_life_while_one_of_them_writes(tmp_path: Path) -> No
 def test_so_does_one_that_ends(
     tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(background, "WAIT_S", 0.02)
+    monkeypatch.setattr(thread, "WAIT_S", 0.02)
     checkpoints = Checkpoints(CheckpointStore(tmp_path), attempt="a", beat=(beat := Mock()))
     checkpoints.save(1, backend(), Counting(), TRAINER)
     threading.Timer(0.3, gate.set).start()
@@ -320,8 +322,8 @@ def test_a_thread_that_writes_for_long_is_no_sign_of_life(
     tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, end: str
 ) -> None:
     """Storage that hangs raises nothing: the watchdog, which nobody calms then, is who finds it."""
-    monkeypatch.setattr(background, "WAIT_S", 0.02)
-    monkeypatch.setattr(background, "LONGEST_S", 0.5)
+    monkeypatch.setattr(thread, "WAIT_S", 0.02)
+    monkeypatch.setattr(thread, "LONGEST_S", 0.5)
     beats: list[float] = []
     checkpoints = Checkpoints(
         CheckpointStore(tmp_path), attempt="a", beat=lambda: beats.append(time.monotonic())
@@ -355,7 +357,7 @@ def test_two_ranks_make_one_checkpoint_and_fail_together(tmp_path: Path) -> None
 
 def test_who_waits_in_a_folder_that_is_gone_says_so(tmp_path: Path) -> None:
     """Another driver has taken the place over and swept it, with the part of worker 1."""
-    writing = background.Background(
+    writing = thread.Background(
         CheckpointStore(tmp_path),
         1,
         {"config.json": "{}"},

@@ -20,7 +20,7 @@ from pipeline.train.checkpoint import (
     owner_of,
     store_at,
 )
-from pipeline.train.checkpoint import background as thread
+from pipeline.train.checkpoint import checkpoints as thread
 from tests.helpers.few import TRAINER, Counting, backend, content, feedback, save
 
 pytestmark = pytest.mark.timeout(60)

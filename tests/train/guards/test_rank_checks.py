@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from pipeline.core.errors import Diverged, UserError
 from pipeline.recipe import Policy
 from pipeline.train import checkpointing
-from pipeline.train.backend.collectives import Ranks
+from pipeline.train.backend import collectives
+from pipeline.train.backend.collectives import _ROW as ROW
+from pipeline.train.backend.collectives import Ranks, drifted, fingerprint, stragglers
 from pipeline.train.backend.ema import EMABackend
 from pipeline.train.backend.plain import Plain
 from pipeline.train.checkpointing import SavingHooks
-from pipeline.train.guards import rank_checks
-from pipeline.train.guards.rank_checks import _ROW as ROW
-from pipeline.train.guards.rank_checks import drifted, fingerprint, stragglers
 from pipeline.train.recovery import Rollback
 from tests.helpers.few import Counting
 from tests.helpers.processes import run_ranks
@@ -123,7 +122,7 @@ def test_nothing_numbers_without_a_place_and_views_have_a_fingerprint() -> None:
 
 
 def test_one_alone_compares_with_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rank_checks, "fingerprint", None)
+    monkeypatch.setattr(collectives, "fingerprint", None)
     assert drifted(network().parameters(), Ranks()) == []
 
 

@@ -72,11 +72,11 @@ from dataclasses import replace
 from pathlib import Path
 from pipeline.train import worker
 from pipeline.train import assemble as compose
-from pipeline.train.checkpoint import background
+from pipeline.train.checkpoint import checkpoints
 from pipeline.train.job import RankInfo
 from tests.helpers.small import make_run, small_recipe
 
-write, patience_s = background._write, 4.0
+write, patience_s = checkpoints._write, 4.0
 
 def slowly(file, value):
     time.sleep(1.7)  # five files of a checkpoint
@@ -91,7 +91,7 @@ elif sys.argv[2] == "restores":
     newest = compose._newest
     compose._newest = lambda *given, **more: time.sleep(6.0) or newest(*given, **more)
 else:
-    background._write = slowly
+    checkpoints._write = slowly
 job = make_run(Path(sys.argv[1]), small_recipe(epochs=1).override({"checkpoints.every": 0}))
 worker.run(replace(job, hang_minutes=patience_s / 60), RankInfo())
 """
