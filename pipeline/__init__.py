@@ -8,17 +8,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.measure.check import check
     from pipeline.recipe.recipe import Phase, Recipe, Spec, spec
     from pipeline.recipe.suite import Choice, Suite
     from pipeline.report.stores import results
     from pipeline.train.export import load
 
-__all__ = ["Choice", "Phase", "Recipe", "Spec", "Suite", "load", "results", "spec"]
+__all__ = ["Choice", "Phase", "Recipe", "Spec", "Suite", "check", "load", "results", "spec"]
 
 # The module of each public name.
 _MODULES = {
     **dict.fromkeys(("Phase", "Recipe", "Spec", "spec"), "pipeline.recipe.recipe"),
     **dict.fromkeys(("Choice", "Suite"), "pipeline.recipe.suite"),
+    "check": "pipeline.measure.check",
     "load": "pipeline.train.export",
     "results": "pipeline.report.stores",
 }
