@@ -8,19 +8,32 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.measure.check import check
     from pipeline.recipe.recipe import Phase, Recipe, Spec, spec
     from pipeline.recipe.suite import Choice, Suite
     from pipeline.report.rule_comparison import compare
     from pipeline.report.stores import results
     from pipeline.train.export import load
 
-__all__ = ["Choice", "Phase", "Recipe", "Spec", "Suite", "compare", "load", "results", "spec"]
+__all__ = [
+    "Choice",
+    "Phase",
+    "Recipe",
+    "Spec",
+    "Suite",
+    "check",
+    "compare",
+    "load",
+    "results",
+    "spec",
+]
 
 # The module of each public name.
 _MODULES = {
     **dict.fromkeys(("Phase", "Recipe", "Spec", "spec"), "pipeline.recipe.recipe"),
     **dict.fromkeys(("Choice", "Suite"), "pipeline.recipe.suite"),
     "compare": "pipeline.report.rule_comparison",
+    "check": "pipeline.measure.check",
     "load": "pipeline.train.export",
     "results": "pipeline.report.stores",
 }

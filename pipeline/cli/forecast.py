@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from pipeline.cli.options import (
     RUNS,
     Commands,
     Cores,
+    Format,
     RecipeFile,
     Runs,
     Sets,
@@ -28,8 +29,6 @@ from pipeline.recipe.suite import Suite
 
 if TYPE_CHECKING:
     from pipeline.forecast.plan import Cluster
-
-Format = Annotated[Literal["table", "json"], typer.Option("--format", help="print tables or JSON")]
 
 NodeGbps = Annotated[
     float | None,

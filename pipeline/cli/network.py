@@ -1,13 +1,19 @@
-"""`spiketrain evaluate` and `export`: commands for a trained network."""
+"""`spiketrain evaluate`, `export` and `check`: commands for one network."""
 
+import importlib
+import json
+import os
+import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from pipeline.cli.options import (
     RUNS,
     Commands,
+    Format,
     RunName,
     Runs,
     Sets,
@@ -15,9 +21,15 @@ from pipeline.cli.options import (
     is_set_by_user,
     load_changed,
 )
+from pipeline.core.checks import require
+from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_files import trust_of
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 commands = Commands()
+SAMPLES = 4  # of a recipe's data
 
 
 @commands.command(
@@ -128,3 +140,141 @@ def export(
             trust=tuple(trust),
         )
     )
+
+
+@commands.command(
+    epilog=(
+        "Example: spiketrain check recipes/fashion/sltt.py; "
+        "spiketrain check mysnn.nets:small --input 4,8,2,32,32"
+    )
+)
+def check(
+    context: typer.Context,
+    network: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|RUN|MODULE:BUILDER",
+            help=(
+                "a recipe file; folder of a run, or its name under --runs; or a function without"
+                " arguments that returns a network, and its module"
+            ),
+        ),
+    ],
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            "--input",
+            metavar="T,B,...",
+            help="shape of the random input of a MODULE:BUILDER: steps, samples, one sample",
+        ),
+    ] = None,
+    format_: Format = "table",
+    runs: Runs = RUNS,
+    changes: Sets = [],  # noqa: B006
+    trust: Trust = [],  # noqa: B006
+) -> None:
+    """Look for common faults of a spiking network on one batch, in float64.
+
+    Samples that depend on their batch, steps in slices that differ from all steps at once, state
+    that outlives a batch, wrong gradients, silent layers, and batch norm that differs in
+    evaluation. The exit code is 1 if there is a fault.
+    """
+    is_recipe, is_builder = network.endswith(".py"), ":" in network
+    for option, is_given, kind, fits in (
+        ("--set", bool(changes), "a recipe file", is_recipe),
+        ("--input", shape is not None, "MODULE:BUILDER", is_builder),
+        ("--trust", bool(trust), "a run", not is_recipe and not is_builder),
+        ("--runs", is_set_by_user(context, "runs"), "a run", not is_recipe and not is_builder),
+    ):
+        require(fits or not is_given, f"check: {option} must come with {kind}; got {network}")
+    if is_builder:
+        subject = _built(network, shape)
+    elif is_recipe:
+        subject = _of_recipe(load_changed(Path(network), changes, tiny=False), network)
+    else:
+        subject = _of_run(network, runs, tuple(trust))
+    from pipeline.measure.check import check as answers
+
+    verdicts = answers(*subject[:2])
+    if format_ == "json":
+        print(json.dumps([asdict(verdict) for verdict in verdicts], indent=2), flush=True)
+    else:
+        _print_verdicts(verdicts, subject[2])
+    sys.exit(any(verdict.state == "fault" for verdict in verdicts))
+
+
+def _of_recipe(recipe: Any, name: str) -> "tuple[nn.Module, Tensor, str]":
+    """The network of a recipe, a batch, and where it comes from."""
+    require(
+        isinstance(recipe, Recipe),
+        f"check: the file must have one recipe; got several in {name}",
+    )
+    from pipeline.core.errors import DataError
+    from pipeline.forecast.bench import Bench
+
+    try:
+        bench, source = Bench(recipe, batch_size=SAMPLES), "of the training data"
+    except DataError as error:
+        bench = Bench(recipe, batch_size=SAMPLES, needs_data=False)
+        source = f"of random values, because the data cannot be read: {error}"
+    return bench.network, bench.x_TB, f"{SAMPLES} samples {source}"
+
+
+def _of_run(name: str, runs: Path, trust: tuple[str, ...]) -> "tuple[nn.Module, Tensor, str]":
+    """As `_of_recipe`, with the weights of a run."""
+    from pipeline.core.run_folder import RunFolder
+    from pipeline.report.selection import find_run
+    from pipeline.train.weights import load_run
+
+    folder = find_run(runs, name)
+    recipe = Recipe.read(RunFolder(folder).recipe, trust=trust)
+    network, x_TB, source = _of_recipe(recipe, name)
+    network.load_state_dict(load_run(folder, trust=trust).state_dict())
+    return network, x_TB, source
+
+
+def _built(target: str, shape: str | None) -> "tuple[nn.Module, Tensor, str]":
+    """As `_of_recipe`, for the network that MODULE:BUILDER returns."""
+    sizes = (shape or "").split(",")
+    require(
+        len(sizes) >= 3 and all(size.isdecimal() and int(size) for size in sizes),
+        "check: MODULE:BUILDER needs --input T,B,... with the sizes of the input, such as"
+        f" 4,8,2,32,32; got {'no --input' if shape is None else shape}",
+    )
+    import torch
+
+    sys.path.append(os.getcwd())  # noqa: PTH109
+    module, _, name = target.partition(":")
+    try:
+        network = getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f"check: MODULE:BUILDER must be a function without arguments that can be imported; got"
+            f" {target}: {error}"
+        ) from error
+    require(
+        isinstance(network, torch.nn.Module),
+        f"check: {target} must return a torch.nn.Module; got {type(network).__name__}",
+    )
+    x_TB = torch.rand(*map(int, sizes), generator=torch.Generator().manual_seed(0))
+    return network, x_TB, f"{sizes[1]} samples of random values"
+
+
+def _print_verdicts(verdicts: Any, source: str) -> None:
+    from rich.text import Text
+
+    from pipeline.core.printing import new_console, say
+
+    console = new_console()
+    styles = {"ok": "green", "note": "yellow", "fault": "bold red"}
+    for verdict in verdicts:
+        label = Text.assemble((f"{verdict.state:5}", styles[verdict.state]), " ")
+        label.append(f"{verdict.question:10}")
+        indent = " " * label.cell_len
+        if verdict.module:
+            say(console, verdict.module, label=label, style="bold")
+            label = Text(indent)
+        say(console, verdict.text, label=label)
+        if verdict.advice:
+            say(console, f"to do: {verdict.advice}", label=indent)
+    say(console, f"checked on {source}")

@@ -98,6 +98,7 @@ Trust = Annotated[
         callback=lambda packages: list(dict.fromkeys(packages)),
     ),
 ]
+Format = Annotated[Literal["table", "json"], typer.Option("--format", help="print tables or JSON")]
 Tiny = Annotated[bool, typer.Option("--tiny", help="shrink the recipe to seconds on a CPU")]
 Workers = Annotated[int, typer.Option("--workers", min=1, help="processes that train together")]
 
