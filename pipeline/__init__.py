@@ -8,12 +8,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.models.foreign.wrap import unwrap, wrap
     from pipeline.recipe.recipe import Phase, Recipe, Spec, spec
     from pipeline.recipe.suite import Choice, Suite
     from pipeline.report.stores import results
     from pipeline.train.export import load
 
-__all__ = ["Choice", "Phase", "Recipe", "Spec", "Suite", "load", "results", "spec"]
+__all__ = [
+    "Choice",
+    "Phase",
+    "Recipe",
+    "Spec",
+    "Suite",
+    "load",
+    "results",
+    "spec",
+    "unwrap",
+    "wrap",
+]
 
 # The module of each public name.
 _MODULES = {
@@ -21,6 +33,7 @@ _MODULES = {
     **dict.fromkeys(("Choice", "Suite"), "pipeline.recipe.suite"),
     "load": "pipeline.train.export",
     "results": "pipeline.report.stores",
+    **dict.fromkeys(("unwrap", "wrap"), "pipeline.models.foreign.wrap"),
 }
 
 
