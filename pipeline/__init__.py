@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.measure.check import check
+    from pipeline.models.foreign.wrap import unwrap, wrap
     from pipeline.recipe.recipe import Phase, Recipe, Spec, spec
     from pipeline.recipe.suite import Choice, Suite
     from pipeline.report.rule_comparison import compare
@@ -26,6 +27,8 @@ __all__ = [
     "load",
     "results",
     "spec",
+    "unwrap",
+    "wrap",
 ]
 
 # The module of each public name.
@@ -36,6 +39,7 @@ _MODULES = {
     "check": "pipeline.measure.check",
     "load": "pipeline.train.export",
     "results": "pipeline.report.stores",
+    **dict.fromkeys(("unwrap", "wrap"), "pipeline.models.foreign.wrap"),
 }
 
 

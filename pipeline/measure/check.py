@@ -325,7 +325,7 @@ def _unrolled(lif: LIF, x_TB: Tensor) -> Tensor:
     """The spikes of `lif` by its equations (`spiking/neuron.py`), for `custom_forward`."""
     v_B, learnt_decay, spikes = lif.membrane(x_TB), lif.learnt_decay(), []
     decay = lif.decay if learnt_decay is None else learnt_decay
-    fires = torch.gt if getattr(lif, "comparison", ">=") == ">" else torch.ge
+    fires = torch.gt if lif.comparison == ">" else torch.ge
     for x_B in x_TB.unbind(0):
         u_B = decay * v_B + ((1 - decay) * x_B if lif.scale_input else x_B)
         a_B = u_B - lif.threshold

@@ -355,7 +355,10 @@ def refuse_whole_sequence_modules(rule: Rule, model: nn.Module) -> None:
     refuse_foreign_norms(rule.label, model)
     for name, module in model.named_modules():
         if isinstance(module, BatchNorm) and module.over == "time":
-            problem = "batch norm must be BatchNorm(over='step'); got over='time'"
+            problem = (
+                "batch norm must be BatchNorm(over='step'), for a wrapped network norm='step' in"
+                " wrap, or the rule must be BPTT without chunk; got over='time'"
+            )
         elif isinstance(module, WeightedRates):
             problem = "the model must not have WeightedRates, whose weights depend on T; got one"
         else:

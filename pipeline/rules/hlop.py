@@ -32,7 +32,7 @@ from pipeline.spiking.subspace import (
     SpikingMoments,
     Subspace,
 )
-from pipeline.spiking.synapse import Conv2d, Linear, is_inside
+from pipeline.spiking.synapse import Conv2d, Linear, is_inside, request_seams
 from pipeline.spiking.trace import shared_decay
 
 LearnFrom = Literal["spikes", "traces", "rates"]
@@ -437,6 +437,7 @@ class HLOP(Rule):
         or are parametrised, groups, a matrix that is not the weight of a synapse, a model without
         synapses, two synapses with one weight, or rows and learning rates that do not fit.
         """
+        request_seams(model)
         modules = dict(model.named_modules())
         for name in self.skip:
             require(

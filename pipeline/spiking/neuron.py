@@ -313,7 +313,7 @@ class PLIF(LIF):
 
     def extra_repr(self) -> str:
         return (
-            f"decay={self.decay_logit.sigmoid().item():.4g}, threshold={self.threshold},"
+            f"decay={self.learnt_decay().item():.4g}, threshold={self.threshold},"
             f" comparison={self.comparison!r}, reset={self.reset!r}, subtract={self.subtract},"
             f" reset_gradient={self.reset_gradient!r}, scale_input={self.scale_input},"
             f" surrogate={self.surrogate}"

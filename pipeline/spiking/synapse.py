@@ -213,6 +213,16 @@ def _standardized(weight: Tensor, gain: Tensor) -> Tensor:
     return standardized if in_memory is weight else standardized.movedim(-1, 1)
 
 
+def request_seams(model: nn.Module) -> None:
+    """Make layers of `model` synapses where a module has `give_seams` (`models/foreign`).
+
+    A rule that sets seams calls it before it looks for synapses.
+    """
+    for module in model.modules():
+        if hasattr(module, "give_seams"):
+            module.give_seams()
+
+
 def is_inside(name: str, modules: Sequence[str]) -> bool:
     """Whether a module or parameter `name` is one of `modules` or is inside one of them."""
     return any(name == module or name.startswith(module + ".") for module in modules)

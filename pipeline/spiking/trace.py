@@ -14,7 +14,7 @@ from pipeline.core.checks import require
 from pipeline.spiking.neuron import learnt_decays, named_neurons
 from pipeline.spiking.norm import BatchNorm, is_foreign_norm
 from pipeline.spiking.state import State, temporary_hooks
-from pipeline.spiking.synapse import Conv2d, Linear
+from pipeline.spiking.synapse import Conv2d, Linear, request_seams
 
 
 class Trace:
@@ -78,6 +78,7 @@ def traceable_synapses(error_prefix: str, model: nn.Module) -> dict[str, Linear 
     Raises: ValueError, which starts with `error_prefix`, for a linear layer or convolution of
     torch, which cannot have a trace, or for a model without synapses.
     """
+    request_seams(model)
     synapses = {}
     for name, module in model.named_modules():
         if isinstance(module, (Linear, Conv2d)):

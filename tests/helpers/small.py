@@ -100,11 +100,13 @@ def job_of(folder: Path, recipe: Recipe) -> Job:
     )
 
 
-def train_inline(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+def train_inline(
+    folder: Path, recipe: Recipe, *, trust: tuple[str, ...] = ()
+) -> dict[str, Any] | None:
     """Make the run unless it is there, and train it in this process."""
     job = job_of(folder, recipe) if folder.exists() else make_run(folder, recipe)
     with Inline() as launcher:
-        return launcher.run(job, "test")
+        return launcher.run(replace(job, trust=trust), "test")
 
 
 def events(run: Path, *kinds: str) -> list[dict[str, Any]]:
@@ -122,22 +124,24 @@ def same_weights(one: Path, other: Path, *, trust: Sequence[str] = ()) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def finished(folder: Path, recipe: Recipe) -> dict[str, Any]:
+def finished(folder: Path, recipe: Recipe, *, trust: tuple[str, ...] = ()) -> dict[str, Any]:
     """The summary of a run that `train_inline` has trained to its end."""
-    summary = train_inline(folder, recipe)
+    summary = train_inline(folder, recipe, trust=trust)
     assert summary is not None
     return summary
 
 
-def goes_on(folder: Path, recipe: Recipe, *, step: int = 5) -> tuple[dict[str, Any], ...]:
+def goes_on(
+    folder: Path, recipe: Recipe, *, step: int = 5, trust: tuple[str, ...] = ()
+) -> tuple[dict[str, Any], ...]:
     """Check that a run that dies before batch `step` goes on to the same bits as a whole one.
     Returns the summaries of FOLDER/whole and FOLDER/broken.
     """
-    whole = finished(folder / "whole", recipe)
+    whole = finished(folder / "whole", recipe, trust=trust)
     with dies_at(step):
-        train_inline(folder / "broken", recipe)
-    broken = finished(folder / "broken", recipe)
-    assert same_weights(folder / "whole", folder / "broken")
+        train_inline(folder / "broken", recipe, trust=trust)
+    broken = finished(folder / "broken", recipe, trust=trust)
+    assert same_weights(folder / "whole", folder / "broken", trust=trust)
     return whole, broken
 
 
