@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of, require
+from pipeline.core.torch_settings import keep_freed_memory
 from pipeline.forecast.bench import ROUNDS, RULES, BatchBench
 from pipeline.forecast.probe import Measured, measure
 from pipeline.forecast.sweep import LargestBatch
@@ -94,7 +95,7 @@ def compare(
     """Measure the memory, time and gradients of rules on one batch.
 
     Rules are tried on copies of the network in training mode. Neither `network` nor the state of
-    torch's random generators changes.
+    torch's random generators changes. As in a run, the process keeps freed memory from now on.
 
     Args:
         network: maps `[T, B, ...]` to logits `[T, B, K]`. It is on the device of `x` and `y`.
@@ -125,6 +126,7 @@ def compare(
         if loss is None
         else lambda target_B, _=None: lambda logits_BK: loss(logits_BK, target_B)
     )
+    keep_freed_memory()  # as in a run, whose times it shortens
     with torch.enable_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
         copied, largest = _copy(network, x_TB), {}
         bench = _bench(copied, x_TB, y, criterion, over_time)
@@ -163,9 +165,9 @@ def _copy(network: nn.Module, x_TB: Tensor) -> nn.Module:
     )
     require(
         states_of(network),
-        f"compare: the network must have neurons of pipeline.spiking; got none in"
-        f" {type(network).__name__}; pipeline.wrap makes such a network from one of SpikingJelly,"
-        " snnTorch or norse",
+        "compare: the network must have neurons of pipeline.spiking; got none in"
+        f" {type(network).__name__}: wrap(network) makes them from those of SpikingJelly, snnTorch"
+        " or norse",
     )
     copied = copy.deepcopy(network).train()
     copied.zero_grad()
