@@ -219,8 +219,9 @@ def request_seams(model: nn.Module) -> None:
     A rule that sets seams calls it before it looks for synapses.
     """
     for module in model.modules():
-        if hasattr(module, "give_seams"):
-            module.give_seams()
+        give_seams = getattr(module, "give_seams", None)
+        if give_seams is not None:
+            give_seams()
 
 
 def is_inside(name: str, modules: Sequence[str]) -> bool:

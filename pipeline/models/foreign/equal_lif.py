@@ -95,7 +95,10 @@ class SubtractsLater(LearntDecay):
 
 
 def of_spikingjelly(node: Any) -> Equal:
-    """Raises: ValueError for a node without an equal LIF."""
+    """The equal of an `IFNode`, `LIFNode` or `ParametricLIFNode`.
+
+    Raises: ValueError for a node without an equal LIF.
+    """
     surrogate, comparison = surrogate_of(node.surrogate_function)
     rest = node.v_reset or 0.0
     require(
@@ -120,7 +123,10 @@ def of_spikingjelly(node: Any) -> Equal:
 
 
 def of_snntorch(leaky: Any) -> Equal:
-    """Raises: ValueError for a neuron without an equal LIF."""
+    """The equal of a `Leaky`.
+
+    Raises: ValueError for a neuron without an equal LIF.
+    """
     require(not leaky.inhibition, "inhibition must be False, because neurons do not inhibit others")
     require(not leaky.state_quant, "state_quant must be False, because membranes are not quantised")
     factor = _number("graded_spikes_factor", leaky.graded_spikes_factor)
@@ -154,7 +160,10 @@ def of_snntorch(leaky: Any) -> Equal:
 
 
 def of_norse(cell: Any) -> Equal:
-    """Raises: ValueError for a cell without an equal LIF."""
+    """The equal of a `LIFBoxCell`, `LIFCell` or `IAFCell`.
+
+    Raises: ValueError for a cell without an equal LIF.
+    """
     p, kind = cell.p, type(cell).__name__
     has_leak = kind != "IAFCell"
     # The first run of an IAFCell lets its v_reset require a gradient, but nothing learns it.
@@ -190,7 +199,10 @@ def of_norse(cell: Any) -> Equal:
 
 
 def _number(name: str, value: Any) -> float:
-    """Raises: ValueError for more than one number, or a value that is learnt."""
+    """A constant of a neuron.
+
+    Raises: ValueError for more than one number, or a value that is learnt.
+    """
     tensor = torch.as_tensor(value)
     require(not tensor.requires_grad, f"{name} must not be learnt; make it a constant")
     require(

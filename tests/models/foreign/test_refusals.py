@@ -205,7 +205,7 @@ class Block(nn.Module):
 
 
 def test_a_block_without_a_time_axis_has_no_statistics_of_each_step_and_no_trace() -> None:
-    network = multi_step(layer.SeqToANNContainer(Block()))
+    network: Any = multi_step(layer.SeqToANNContainer(Block()))
     with pytest.raises(
         ValueError, match=r"^wrap: norm='step' .* got 1\.0\.bn [(]torch.BatchNorm1d"
     ):
