@@ -475,7 +475,7 @@ class _Check:
             is_innermost = name != _ROOT and not any(is_inside(each, [name]) for each in found)
             if isinstance(modules[name], LIF) or (
                 is_innermost
-                and [x.shape[:2] for x in call.inputs] == [self.x_TB.shape[:2]]
+                and [x.shape[:2] for x in call.inputs + call.outputs] == [self.x_TB.shape[:2]] * 2
                 and list(map(_is_binary, call.inputs + call.outputs)) == [False, True]
             ):
                 found.append(name)

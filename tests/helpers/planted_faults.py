@@ -194,7 +194,7 @@ FAULTS = {
     "the first batch is cached": Planted(lambda: chain(offset=FirstBatchCached()), "offset"),
     "a mean over the steps of a call": Planted(lambda: chain(centred=OverTime()), "centred"),
     "a delay without state": Planted(lambda: chain(delay=Delayed()), "delay"),
-    "all steps as one": Planted(lambda: chain(odd=OneStepNeuron()), "odd.neuron"),
+    "all steps as one": Planted(lambda: chain(odd=OneStepNeuron()), "odd"),
     "no gradient over time": Planted(lambda: chain(last=Forgetful(0.6)), "last"),
     "twice the gradient": Planted(lambda: chain(scaled=TwiceTheGradient()), "scaled"),
     "a branch without gradient": Planted(
@@ -243,32 +243,32 @@ def _mlp() -> nn.Module:
     )
 
 
-def _images() -> Tensor:
+def images() -> Tensor:
     return torch.randn(3, 4, 3, 32, 32)
 
 
 # Each with an input of its own.
 SOUND: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "MLP with PLIF, IF and dropout": (_mlp, drawn),
-    "VGG": (lambda: vgg_sws(CLASSES, stages=((8,), (8, 16))), _images),
-    "VGG with feedback": (lambda: vgg_sws_f(CLASSES, stages=((8,), (16,))), _images),
-    "NF-ResNet": (lambda: nf_resnet18_small(CLASSES, width=8, blocks=(1, 1)), _images),
+    "VGG": (lambda: vgg_sws(CLASSES, stages=((8,), (8, 16))), images),
+    "VGG with feedback": (lambda: vgg_sws_f(CLASSES, stages=((8,), (16,))), images),
+    "NF-ResNet": (lambda: nf_resnet18_small(CLASSES, width=8, blocks=(1, 1)), images),
     "convolutions with batch norm over time": (
         lambda: convnet(CLASSES, stages=((8,), (8,)), over="time"),
-        _images,
+        images,
     ),
     "SEW-ResNet": (
         lambda: SEWResNet(
             blocks=(1, 1), bottleneck=False, classes=CLASSES, in_channels=3, width=8, over="step"
         ),
-        _images,
+        images,
     ),
     "MS-ResNet": (
         lambda: MSResNet(blocks=(1, 1), classes=CLASSES, in_channels=3, width=8, over="step"),
-        _images,
+        images,
     ),
     "QKFormer": (
         lambda: QKFormer(channels=32, depth=4, heads=4, classes=CLASSES, in_channels=3),
-        _images,
+        images,
     ),
 }
