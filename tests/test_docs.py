@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import snntorch
 import torch
 from PIL import Image
 from torch import nn
@@ -57,7 +58,7 @@ def blocks(page: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGES[page], flags=re.DOTALL)
 
 
-[LOOP] = blocks("README.md", "python")
+NETWORK, LOOP = blocks("README.md", "python")
 [PHASES] = blocks("rules.md", "python")
 MINE, PARTS, TAUGHT, RESULT = blocks("recipes.md", "python")
 FRAME, COMPARE = blocks("comparing.md", "python")
@@ -143,9 +144,10 @@ def test_the_plain_loop_learns(rule: Callable[[], object], monkeypatch: pytest.M
         return loss
 
     monkeypatch.setattr(F, "cross_entropy", recorded)
-    names = {"nn": nn, "torch": torch, "F": F, "partial": partial, "Linear": Linear, "LIF": LIF}
-    batches = [(x_BC.expand(4, -1, -1), target_B)] * 40
-    exec(compile(LOOP, "README.md", "exec"), {**names, "batches": batches, "SLTT": rule})
+    names: dict[str, Any] = {"nn": nn, "torch": torch, "F": F, "partial": partial}
+    names |= {"pipeline": pipeline, "snntorch": snntorch, "SLTT": rule}
+    names["batches"] = [(x_BC.expand(4, -1, -1), target_B)] * 40
+    exec(compile(f"{NETWORK}\n{LOOP}", "README.md", "exec"), names)
     assert fmean(losses[-4:]) < 0.5 * fmean(losses[:4])
     assert len(LOOP.splitlines()) <= 11
 
