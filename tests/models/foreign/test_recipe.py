@@ -4,15 +4,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
-from pipeline import wrap
+from pipeline import compare, wrap
 from pipeline.recipe.recipe import Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from tests.helpers.foreign import CLASSES, chain, learnt_chain
-from tests.helpers.small import goes_on, small_recipe
+from tests.helpers.foreign import CASES, CLASSES, POOLED, Case, chain, learnt_chain
+from tests.helpers.small import finished, goes_on, small_recipe
 
 
 @pytest.mark.distributed
@@ -33,3 +34,20 @@ def test_it_trains_is_killed_and_goes_on(
     )
     whole, broken = goes_on(tmp_path, recipe, trust=("tests",))
     assert broken["loss"] == whole["loss"]
+
+
+@pytest.mark.parametrize("case", [*CASES, POOLED], ids=str)
+def test_compare_tells_the_bytes_of_a_run(case: Case, tmp_path: Path) -> None:
+    recipe = small_recipe(
+        model=spec(wrap, network=spec(case.build), norm="step"),
+        data=small_recipe().data.with_(classes=CLASSES, shape=case.shape),
+        rule=spec(SLTT),
+        stop_after=3,
+    )
+    summary = finished(tmp_path / "run", recipe, trust=("tests",))
+    x_BCHW, target_B = torch.rand(8, *case.shape), torch.arange(8) % CLASSES
+    found = compare(recipe.model.build(), x_BCHW, target_B, steps=3, rules=[SLTT()], rounds=1)
+    cost = found.cost("SLTT")
+    assert cost is not None
+    for measured in ("peak_saved_bytes", "state_bytes"):
+        assert getattr(cost, measured) == summary[measured]

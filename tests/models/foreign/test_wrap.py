@@ -374,7 +374,7 @@ LEAKY: tuple[dict[str, Any], ...] = (
 
 
 @pytest.mark.parametrize("output", ["spikes", "membrane", 2])
-@pytest.mark.parametrize("keywords", LEAKY, ids=str)
+@pytest.mark.parametrize("keywords", LEAKY, ids=lambda keywords: " ".join(keywords) or "defaults")
 def test_leaky_of_snntorch(keywords: dict[str, Any], output: Any) -> None:
     check_stateful(
         lambda: snntorch.Leaky(0.8, **keywords), output, gain=1.0, tolerances=(1e-10, 1e-6)
