@@ -233,7 +233,7 @@ def test_another_data_set_than_the_one_launched_on_is_refused(tmp_path: Path) ->
         ),
         (
             {"data": spec(Synthetic, samples=64, shape=(2, 1, 8, 8))},
-            r"data\.steps must be time_steps=3; got 2",
+            r"data\.steps, the T of its recordings, must be time_steps=3; got 2",
         ),
         ({"init": "nowhere"}, "init: must be a run's folder or a weights file"),
         (
