@@ -94,6 +94,13 @@ def check(network: nn.Module, x_TB: Tensor) -> tuple[Verdict, ...]:
     Raises: ValueError unless the input has at least 2 steps and 2 samples, and the network runs on
     it in float64 with finite values.
     """
+    packages = {type(module).__module__.partition(".")[0] for module in network.modules()}
+    foreign = packages & {"spikingjelly", "snntorch", "norse"}
+    require(
+        named_neurons(network) or not foreign,
+        f"check: the neurons must be ours; got modules of {', '.join(foreign)};"
+        " pipeline.wrap(network) makes a network that can be checked",
+    )
     shape = tuple(x_TB.shape) if isinstance(x_TB, Tensor) else type(x_TB).__name__
     require(
         isinstance(x_TB, Tensor) and x_TB.dim() >= 3 and min(x_TB.shape[:2]) >= 2,
@@ -598,7 +605,7 @@ class _Check:
         run = _Run(network, self.x_TB, has_graph=True)
         modules, calls, notes = _by_name(network), run.joined(), list[str]()
         for name in self.neurons:
-            fires_RN = calls[name].outputs[0].flatten(0, 1).flatten(1) != 0
+            fires_RN = calls[name].outputs[0].flatten(0, 1).unsqueeze(-1).flatten(1) != 0
             for word, is_so_N in (("never", ~fires_RN.any(0)), ("always", fires_RN.all(0))):
                 share = float(is_so_N.double().mean())
                 if share == 1 and _blocks(modules[name], calls[name]):
@@ -690,11 +697,18 @@ def _blocks(module: nn.Module, call: _Call) -> bool:
 
 
 def _carries(module: nn.Module, call: _Call) -> bool:
-    """Whether the output of a neuron for a constant input changes from step to step, or is 0."""
-    x_B = call.inputs[0][0]
-    constant_TB = torch.stack([(1.5 * _random(x_B, 1)).exp()] * 8)
-    (y_TB,) = _Alone(module, ((constant_TB,), call.arguments[1])).outputs()
-    return not y_TB.any() or not _same(y_TB, y_TB[:1].expand_as(y_TB), SMALLEST)
+    """Whether the output of a neuron for a constant input changes from step to step, or is 0.
+
+    Inputs of several sizes are tried, because few neurons can all fire at each step, or at none.
+    """
+    x_B, is_silent = call.inputs[0][0], True
+    for seed in range(20):
+        constant_TB = torch.stack([(3 * _random(x_B, seed)).exp()] * 8)
+        (y_TB,) = _Alone(module, ((constant_TB,), call.arguments[1])).outputs()
+        if not _same(y_TB, y_TB[:1].expand_as(y_TB), SMALLEST):
+            return True
+        is_silent &= not y_TB.any()
+    return is_silent
 
 
 def _distances(norm: Any, x: Tensor) -> tuple[float, float]:

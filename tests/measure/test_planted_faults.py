@@ -1,9 +1,14 @@
 """`pipeline.check` on faults and sound networks that were written without a look at it."""
 
 import pytest
+import snntorch
 import torch
+from torch import nn
 
+from pipeline import wrap
 from pipeline.measure.check import check
+from pipeline.spiking.neuron import LIF
+from pipeline.spiking.synapse import Linear
 from tests.helpers.planted_faults import FAULTS, PUBLISHED_QKFORMER, SOUND, drawn, images
 
 SEEDS = (0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 20)))
@@ -22,6 +27,20 @@ def test_the_projection_neuron_of_the_published_qkformer_is_found() -> None:
     verdicts = check(PUBLISHED_QKFORMER.build(), images())
     [fault] = [each for each in verdicts if each.state == "fault"]
     assert (fault.question, fault.module) == ("batch", PUBLISHED_QKFORMER.module)
+
+
+def test_a_network_of_another_package_must_be_wrapped() -> None:
+    network = nn.Sequential(nn.Linear(12, 5), snntorch.Leaky(0.5, init_hidden=True))
+    with pytest.raises(ValueError, match=r"got modules of snntorch; pipeline\.wrap"):
+        check(network, drawn())
+    assert len(check(wrap(network), drawn())) == 7
+
+
+@pytest.mark.parametrize("lif", [LIF(0.1), LIF(0.5), LIF(0.5, threshold=0.01)], ids=str)
+def test_a_few_neurons_are_seen_to_carry_their_membrane(lif: LIF) -> None:
+    torch.manual_seed(0)
+    found = check(nn.Sequential(Linear(12, 4), lif, Linear(4, 5)), drawn()[:, :2])
+    assert [each.state for each in found if each.question == "time"] != ["fault"]
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -189,7 +189,7 @@ class TorchData(OrderedData):
             0 <= label < self.classes,
             f"{subject}: its class must be in 0..{self.classes - 1}; got {label}",
         )
-        return cast(Tensor, x), label
+        return cast(Tensor, x).detach(), label  # another process cannot send a graph
 
     def _dataset(self, part: Part) -> Any:
         """Raises: DataError if it cannot be built, is not map-style or has no items."""

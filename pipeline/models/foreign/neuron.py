@@ -2,6 +2,7 @@
 
 # T time, B batch
 
+import math
 from functools import partial
 from typing import Any, NoReturn
 
@@ -74,7 +75,7 @@ class ForeignNeuron(nn.Module):
         self.ran = ran
         self.has_time = has_time
         self.none_continues = none_continues
-        self.runs_left = 0
+        self.runs_left: float = math.inf  # for a module that runs alone, as in `check`
         self.recorded: list[Tensor] = []
         self.token: Any = Token(name)
         if records:
@@ -129,6 +130,7 @@ class ForeignNeuron(nn.Module):
         """Drop recorded membranes, which would keep their graph."""
         self.recorded.clear()
         self.token.__dict__.pop("v", None)
+        self.runs_left = math.inf
 
 
 def _recorded_step(

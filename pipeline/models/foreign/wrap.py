@@ -21,11 +21,12 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from pipeline.core.checks import is_count, refuse_unless_one_of, require
 from pipeline.models.foreign.equal_lif import LearntDecay, of_norse, of_snntorch, of_spikingjelly
-from pipeline.models.foreign.neuron import ForeignNeuron
+from pipeline.models.foreign.neuron import ForeignNeuron, Token
+from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.norm import BatchNorm, foreign_norms
 from pipeline.spiking.synapse import Conv2d, Linear, apply_folded
 
@@ -62,6 +63,7 @@ _STATELESS = (
     *(f"{_SJ}layer.container.{kind}" for kind in ("MultiStep", "SeqToANN", "StepMode")),
     "norse.torch.module.sequential.SequentialState",
 )
+_DROPOUT = f"{_SJ}layer.dropout.Dropout"  # has one mask for all time steps, as ours
 _ACCEPTED = {
     "spikingjelly": "IFNode, LIFNode, ParametricLIFNode or a layer without state",
     "snntorch": "Leaky",
@@ -77,7 +79,8 @@ def wrap(network: nn.Module, output: Output = "spikes", norm: Norm = "as_is") ->
     network takes as an argument is None at first, and then the one that it returned last.
 
     The original is not changed. Both share their parameters, so training the wrapped network trains
-    the original. `unwrap` gives it back.
+    the original. `unwrap` gives it back. An optimizer needs the parameters of the wrapped network,
+    where a parameter without dimensions is another object.
 
     Args:
         output: what the wrapped network returns. "spikes": the output of the network, or the first
@@ -120,7 +123,7 @@ def unwrap(wrapped: "Wrapped") -> nn.Module:
         # `Module.to` and DeepSpeed give buffers and reshaped parameters other memory.
         tensor.data = getattr(owner, name).data.view_as(tensor)
     network.to(next(wrapped.parameters(), torch.empty(0)).device)  # what only the original has
-    return network
+    return network.train(wrapped.training)
 
 
 class Folded(nn.Sequential):
@@ -128,7 +131,7 @@ class Folded(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         for layer in self:
-            has_time = isinstance(layer, (Linear, Conv2d, BatchNorm, Folded))
+            has_time = isinstance(layer, (Linear, Conv2d, BatchNorm, Dropout, Folded))
             input = layer(input) if has_time else apply_folded(layer, input)
         return input
 
@@ -167,9 +170,17 @@ class Wrapped(nn.Module):
         self.ran: list[ForeignNeuron] = []
         self.neurons: dict[ForeignNeuron, bool] = {}  # and whether a container loops over them
         self.states: tuple[Any, ...] = ()
+        self.passes_states = False  # whether the network gets the states that it returned last
         tensors = (*network.parameters(), *network.buffers())
         # deepcopy puts these objects in the place of those with these ids.
         memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+        # deepcopy refuses tensors with a graph, such as spikes that the network has recorded.
+        kept = tree_leaves([list(vars(module).values()) for module in network.modules()])
+        memo |= {
+            id(x): x.detach().clone()
+            for x in kept
+            if isinstance(x, Tensor) and x.grad_fn is not None
+        }
         self.is_multi_step = any(
             _class_name(module).startswith(_SJ)
             and (_time_inside(module) or getattr(module, "step_mode", "s") == "m")
@@ -185,6 +196,16 @@ class Wrapped(nn.Module):
             f" {type(network).__name__}",
         )
         self._replace_norms(network, places, memo)
+        for name, module, time in places:
+            if _class_name(module) == _DROPOUT:
+                require(
+                    time in ("one", "all", "folded"),
+                    f"wrap: {_describe(name, module)}: must have step_mode 'm', to get all"
+                    " time steps",
+                )
+                memo[id(module)] = Dropout(module.p).train(module.training)
+                if time == "one":
+                    _add_axis(memo[id(module)], 0)
         for _, module, time in reversed(places):  # inner containers first
             is_inner = type(module) is nn.Sequential and time == "folded"
             if _time_inside(module) == "folded" or is_inner:
@@ -209,10 +230,9 @@ class Wrapped(nn.Module):
         ]
         self.original = _Original(network, shared + reshaped)
         _, *arguments = inspect.signature(network.forward).parameters.values()
-        self.passes_states = not all(neuron.none_continues for neuron in self.neurons)
         self.state_arguments = sum(
             each.kind is each.POSITIONAL_OR_KEYWORD
-            and (self.passes_states or each.default is each.empty)
+            and (each.default is each.empty or (self.passes_states and each.default is None))
             for each in arguments
         )
 
@@ -254,11 +274,20 @@ class Wrapped(nn.Module):
                 "wrap: the network must return its output and then a state for each of its"
                 f" {self.state_arguments} arguments after the input; got {kind}",
             )
-            self.states = result[1:]
+            # The token of a neuron takes the place of its recorded membrane.
+            tokens = {id(each.token.v): each.token for each in self.neurons if each.recorded}
+            elements = tree_map(lambda leaf: tokens.get(id(leaf), leaf), result)
+            # The output comes first or, as in snnTorch's documentation, last.
+            states = elements[:-1] if isinstance(elements[0], Token) else elements[1:]
             require(
-                not any(isinstance(leaf, Tensor) for leaf in tree_leaves(self.states)),
+                not any(isinstance(leaf, Tensor) for leaf in tree_leaves(states))
+                or all(neuron.none_continues for neuron in self.neurons),
                 "wrap: the network must pass on only states of neurons, because rules detach only"
                 " these; got a tensor",
+            )
+            # snnTorch's networks may have spikes among their arguments. What uses them is refused.
+            self.states = tree_map(
+                lambda leaf: Token("a neuron") if isinstance(leaf, Tensor) else leaf, states
             )
         index: Any = 0 if self.output == "spikes" else self.output
         if self.output == "membrane":
@@ -303,6 +332,8 @@ class Wrapped(nn.Module):
             none_continues=not _class_name(module).startswith("norse."),
             records=self.output != "spikes",
         )
+        # norse's cells, and snnTorch's neurons without a hidden state
+        self.passes_states |= not (neuron.none_continues and getattr(module, "init_hidden", True))
         memo[id(module)] = neuron.train(module.training)
         self.neurons[neuron] = self.is_multi_step and time == "one"
 
@@ -367,7 +398,10 @@ def _places(module: Any, time: _Time, name: str = "") -> Iterator[tuple[str, Any
     foreign, is_neuron = _class_name(module), _class_name(module) in _NEURONS
     is_stateful = any(kind.__name__ == "MemoryModule" for kind in type(module).__mro__)
     require(
-        not foreign or is_neuron or (foreign.startswith(_STATELESS) and not is_stateful),
+        not foreign
+        or is_neuron
+        or foreign == _DROPOUT
+        or (foreign.startswith(_STATELESS) and not is_stateful),
         f"wrap: {_describe(name, module)}: this class cannot be mapped; replace it by"
         f" {_ACCEPTED.get(foreign.partition('.')[0])}",
     )

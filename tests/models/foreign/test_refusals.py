@@ -125,9 +125,9 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "1 (spikingjelly.save_v_LIFNode)",
     ),
     "SynapseFilter": (lambda: with_layer(layer.SynapseFilter()), "1 (spikingjelly.SynapseFilter)"),
-    "a package's dropout": (
-        lambda: with_layer(layer.Dropout(0.5), neuron.IFNode()),
-        "1 (spikingjelly.Dropout)",
+    "a package's dropout over channels": (
+        lambda: with_layer(layer.Dropout2d(0.5), neuron.IFNode()),
+        "1 (spikingjelly.Dropout2d)",
     ),
     "norse over time": (lambda: with_layer(norse.LIF()), "1 (norse.LIF): .*LIFBoxCell"),
     "synaptic time constant": (

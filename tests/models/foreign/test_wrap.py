@@ -15,6 +15,7 @@ from spikingjelly.activation_based import surrogate as sj_surrogate
 from torch import Tensor, nn
 
 from pipeline import unwrap, wrap
+from pipeline.measure.check import check
 from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.hlop import HLOP
@@ -400,6 +401,78 @@ def test_states_may_be_arguments_in_any_order_in_snntorch() -> None:
     with fresh_state(wrapped):
         assert torch.equal(wrapped(x_TB), torch.stack(outputs).double())
     assert 0.01 < torch.stack(outputs).mean() < 0.9
+
+
+@pytest.mark.parametrize("output", ["spikes", "membrane", 1])
+def test_an_optional_state_of_snntorch_is_none_at_the_first_step_alone(output: Any) -> None:
+    class Lazy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.lif = nn.Linear(5, 4), snntorch.Leaky(0.8)
+
+        def forward(self, x: Tensor, mem: Any = None) -> Any:
+            if mem is None:
+                x, mem = -x, self.lif.init_leaky()
+            return self.lif(self.fc(x).double(), mem)
+
+    torch.manual_seed(0)
+    network = scaled(Lazy().double(), 3.0)
+    x_TB, mem, outputs = torch.randn(6, 4, 5, dtype=torch.float64), None, []
+    for x_B in x_TB:
+        s_B, mem = network(x_B, mem)
+        outputs.append(s_B if output == "spikes" else mem)
+    wrapped = wrap(network, output)
+    for _ in range(2):
+        with fresh_state(wrapped):
+            assert (wrapped(x_TB) - torch.stack(outputs)).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("step_mode", ["s", "m"])
+def test_dropout_of_spikingjelly_has_one_mask_for_all_time_steps(step_mode: str) -> None:
+    network = nn.Sequential(neuron.IFNode(), layer.Dropout(0.5))
+    functional.set_step_mode(network, step_mode)
+    wrapped = wrap(network)
+    with fresh_state(wrapped):
+        y_TBN = wrapped(torch.full((3, 2, 400), 1.0))
+    assert torch.equal(y_TBN[0], y_TBN[2]) and not torch.equal(y_TBN[0, 0], y_TBN[0, 1])
+    assert 0.9 < y_TBN.mean() < 1.1 and y_TBN.unique().tolist() == [0.0, 2.0]
+    wrapped.eval()
+    with fresh_state(wrapped):
+        assert wrapped(torch.full((3, 2, 400), 1.0)).unique().tolist() == [1.0]
+    assert not unwrap(wrapped).training
+
+
+def test_a_network_that_keeps_its_last_spikes_is_wrapped() -> None:
+    class Recording(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            self.last = super().forward(input)
+            return self.last
+
+    network = Recording(nn.Linear(5, 4), snntorch.Leaky(0.8, init_hidden=True))
+    network(torch.rand(2, 5))
+    leaky: Any = network[1]
+    leaky.reset_mem()
+    wrapped = wrap(network)
+    with fresh_state(wrapped):
+        assert wrapped(torch.rand(3, 2, 5)).shape == (3, 2, 4)
+
+
+def test_a_fault_inside_a_block_of_a_wrapped_network_is_found_there() -> None:
+    class Block(nn.Module):
+        def __init__(self, detaches: bool) -> None:
+            super().__init__()
+            self.fc, self.neuron = layer.Linear(16, 16), neuron.LIFNode(tau=1.5)
+            self.detaches = detaches
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.neuron(self.fc(x))
+            return x + (h.detach() if self.detaches else h)
+
+    torch.manual_seed(0)
+    network = scaled(nn.Sequential(*(Block(at == 1) for at in range(3))), 6.0)
+    functional.set_step_mode(network, "m")
+    faults = [each for each in check(wrap(network), torch.rand(4, 5, 16)) if each.state == "fault"]
+    assert ("gradients", "network.1") in [(each.question, each.module) for each in faults]
 
 
 CELLS: dict[str, Callable[[], nn.Module]] = {
