@@ -6,7 +6,7 @@ Source:   the rules as in Meng et al. 2023 (SLTT), arXiv:2302.14311; the network
           ours.
 Result:   top-1 of BPTT 0.8953, SLTT 0.8905, SLTT-1 0.8897 on the 10,000 test images; saved bytes of
           SLTT and SLTT-1 0.20 of BPTT's, compute time 1.15 and 0.53 of it; one seed, 9 min in all;
-          commit 701400683fb7, 2 cores of an AMD EPYC, idle
+          commit 399feadf3dee, 2 cores of an AMD EPYC, idle
 
 SLTT-1 differentiates one random time step of ten, and `rescale` multiplies its gradient by ten. The
 published rule is not rescaled: under SGD that is a tenth of the learning rate. SLTT calls the
