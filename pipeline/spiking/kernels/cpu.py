@@ -25,7 +25,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from pipeline.spiking.kernels.max_pool import pooled_size
+from pipeline.spiking.kernels.max_pool import new_pooled
 from pipeline.spiking.kernels.neuron import Constants
 from pipeline.spiking.kernels.operators import (
     membrane_dtype,
@@ -549,8 +549,8 @@ def unpack_spikes(bits: Tensor, x: Tensor, height: float) -> None:
 
 @compiled
 def _max_pool(
-    first, end, x_at, y_at, at_at, zero, small, height, width, size, size_w, stride, stride_w,
-    padding, padding_w,
+    first, end, x_at, y_at, at_at, zero, small, height, width, pooled_h, pooled_w, size, size_w,
+    stride, stride_w, padding, padding_w,
 ):  # fmt: skip
     """The pool of the images from `first` to `end`, each of one channel. `small` is a zero of the
     type of the positions.
@@ -558,8 +558,6 @@ def _max_pool(
     A row of the result is the maximum of columns, along which the loops are vector code, and then
     of columns side by side. Of equal numbers the first in the image is the maximum, as in torch.
     """
-    pooled_h = (height + 2 * padding - size) // stride + 1
-    pooled_w = (width + 2 * padding_w - size_w) // stride_w + 1
     x = carray(_pointer(x_at, zero), end * height * width)
     y = carray(_pointer(y_at, zero), end * pooled_h * pooled_w)
     at = carray(_pointer(at_at, small), end * pooled_h * pooled_w)
@@ -585,7 +583,7 @@ def _max_pool(
             begin = (image * pooled_h + row) * pooled_w
             most = y[begin : begin + pooled_w]
             for k in range(size_w):
-                if stride_w == 1:
+                if stride_w == 1:  # a constant stride lets LLVM make vector code
                     _more(most, most_at, best[k:], best_at[k:], 1, k == 0)
                 elif stride_w == 2:
                     _more(most, most_at, best[k:], best_at[k:], 2, k == 0)
@@ -626,10 +624,7 @@ def _max_pool_backward(first, end, g_at, at_at, g_x_at, zero, small, pooled, pix
 
 def max_pool_forward(x_NCHW: Tensor, sizes: Sequence[int], is_small: bool) -> tuple[Tensor, Tensor]:
     """The forward of `max_pool.py`. `sizes`: kernel, stride and padding."""
-    height, width = x_NCHW.shape[-2:]
-    pooled = map(pooled_size, (height, width), sizes[:2], sizes[2:4], sizes[4:])
-    y_NCHW = x_NCHW.new_empty(*x_NCHW.shape[:-2], *pooled)
-    at_NCHW = torch.empty_like(y_NCHW, dtype=torch.int16 if is_small else torch.int32)
+    y_NCHW, at_NCHW = new_pooled(x_NCHW, sizes, is_small)
     _in_threads(
         _max_pool,
         x_NCHW.shape[:-2].numel(),
@@ -639,8 +634,8 @@ def max_pool_forward(x_NCHW: Tensor, sizes: Sequence[int], is_small: bool) -> tu
         at_NCHW.data_ptr(),
         _DTYPES[x_NCHW.dtype](0),
         _POSITIONS[at_NCHW.dtype](0),
-        height,
-        width,
+        *x_NCHW.shape[-2:],
+        *y_NCHW.shape[-2:],
         *sizes,
         block=1,
     )

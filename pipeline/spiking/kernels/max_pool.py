@@ -63,17 +63,19 @@ class _MaxPool(torch.autograd.Function):
         ), None
 
 
-def pooled_size(pixels: int, size: int, stride: int, padding: int) -> int:
-    return (pixels + 2 * padding - size) // stride + 1
-
-
-def _fake_forward(x_NCHW: Tensor, sizes: Sequence[int], is_small: bool) -> tuple[Tensor, Tensor]:
-    pooled = map(pooled_size, x_NCHW.shape[-2:], sizes[:2], sizes[2:4], sizes[4:])
+def new_pooled(x_NCHW: Tensor, sizes: Sequence[int], is_small: bool) -> tuple[Tensor, Tensor]:
+    """Empty tensors for the maxima and their positions. `sizes`: kernel, stride and padding."""
+    pooled = [
+        (pixels + 2 * padding - size) // stride + 1
+        for pixels, size, stride, padding in zip(
+            x_NCHW.shape[-2:], sizes[:2], sizes[2:4], sizes[4:], strict=True
+        )
+    ]
     y_NCHW = x_NCHW.new_empty(*x_NCHW.shape[:-2], *pooled)
     return y_NCHW, torch.empty_like(y_NCHW, dtype=torch.int16 if is_small else torch.int32)
 
 
-define("max_pool_forward(Tensor x, int[] sizes, bool is_small) -> (Tensor, Tensor)", _fake_forward)
+define("max_pool_forward(Tensor x, int[] sizes, bool is_small) -> (Tensor, Tensor)", new_pooled)
 define(
     "max_pool_backward(Tensor g, Tensor at, int height, int width) -> Tensor",
     lambda g_NCHW, at_NCHW, height, width: g_NCHW.new_empty(*g_NCHW.shape[:-2], height, width),

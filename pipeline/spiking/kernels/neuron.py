@@ -100,10 +100,6 @@ def run(
     x_TB, steps = dense(x_TB), len(x_TB)
     constants = constants._replace(resets_first=is_before_reset(v_B))
     v_B = None if v_B is None else like(v_B, x_TB)
-    needs_backward = torch.is_grad_enabled() and any(
-        each is not None and each.requires_grad for each in (x_TB, v_B, learnt_decay)
-    )
-    saves_u = needs_backward and not _inputs_are_smaller(x_TB, v_B)
     if cut and not torch.is_grad_enabled():
         overwritten_B = v_B if getattr(v_B, "may_be_overwritten", False) else None
         s_TB, end_B, _ = kernel("lif_forward", x_TB)(
@@ -112,6 +108,10 @@ def run(
         end_B = end_B if overwritten_B is None else overwritten_B
         end_B.may_be_overwritten = True  # type: ignore[attr-defined]
         return s_TB, end_B
+    needs_backward = torch.is_grad_enabled() and any(
+        each is not None and each.requires_grad for each in (x_TB, v_B, learnt_decay)
+    )
+    saves_u = needs_backward and not _inputs_are_smaller(x_TB, v_B)
     ends_in_u = saves_u and cut and len(x_TB) == 1
     if steps > 1 and frame_B is not None and is_static(x_TB):
         x_TB = frame_B.unsqueeze(0)  # the kernel sums the gradients of the steps
