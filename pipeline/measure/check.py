@@ -41,6 +41,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pipeline.core.checks import require
 from pipeline.core.units import first_few
+from pipeline.models.foreign.wrap import ACCEPTED
 from pipeline.rules.base import refuse_whole_sequence_modules
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.dropout import Dropout
@@ -95,7 +96,7 @@ def check(network: nn.Module, x_TB: Tensor) -> tuple[Verdict, ...]:
     it in float64 with finite values.
     """
     packages = {type(module).__module__.partition(".")[0] for module in network.modules()}
-    foreign = packages & {"spikingjelly", "snntorch", "norse"}
+    foreign = packages & ACCEPTED.keys()
     require(
         named_neurons(network) or not foreign,
         f"check: the neurons must be ours; got modules of {', '.join(foreign)};"

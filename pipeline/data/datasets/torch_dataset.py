@@ -235,7 +235,7 @@ class TorchData(OrderedData):
     def _loader(
         self, part: Part, order: TrainOrder | ValOrder, *, seed: int, threads: int
     ) -> "TorchLoader":
-        assert self.shape  # the first item is read, if it must be, before processes start
+        _ = self.shape  # the first item is read, if it must be, before processes start
         return TorchLoader(self, self._stored[part], order, seed=seed, threads=threads)
 
 

@@ -64,7 +64,8 @@ _STATELESS = (
     "norse.torch.module.sequential.SequentialState",
 )
 _DROPOUT = f"{_SJ}layer.dropout.Dropout"  # has one mask for all time steps, as ours
-_ACCEPTED = {
+# By package: what can be wrapped.
+ACCEPTED = {
     "spikingjelly": "IFNode, LIFNode, ParametricLIFNode or a layer without state",
     "snntorch": "Leaky",
     "norse": "LIFBoxCell, IAFCell, LIFCell with dt tau_syn_inv = 1, or SequentialState",
@@ -123,7 +124,11 @@ def unwrap(wrapped: "Wrapped") -> nn.Module:
         # `Module.to` and DeepSpeed give buffers and reshaped parameters other memory.
         tensor.data = getattr(owner, name).data.view_as(tensor)
     network.to(next(wrapped.parameters(), torch.empty(0)).device)  # what only the original has
-    return network.train(wrapped.training)
+    copies = dict(wrapped.network.named_modules())
+    for name, module in network.named_modules():
+        if name in copies:
+            module.training = copies[name].training
+    return network
 
 
 class Folded(nn.Sequential):
@@ -171,16 +176,7 @@ class Wrapped(nn.Module):
         self.neurons: dict[ForeignNeuron, bool] = {}  # and whether a container loops over them
         self.states: tuple[Any, ...] = ()
         self.passes_states = False  # whether the network gets the states that it returned last
-        tensors = (*network.parameters(), *network.buffers())
-        # deepcopy puts these objects in the place of those with these ids.
-        memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
-        # deepcopy refuses tensors with a graph, such as spikes that the network has recorded.
-        kept = tree_leaves([list(vars(module).values()) for module in network.modules()])
-        memo |= {
-            id(x): x.detach().clone()
-            for x in kept
-            if isinstance(x, Tensor) and x.grad_fn is not None
-        }
+        memo = _shared(network)
         self.is_multi_step = any(
             _class_name(module).startswith(_SJ)
             and (_time_inside(module) or getattr(module, "step_mode", "s") == "m")
@@ -192,20 +188,11 @@ class Wrapped(nn.Module):
                 self._replace_neuron(*place, memo)
         require(
             self.neurons,
-            f"wrap: the network must have neurons of {', '.join(_ACCEPTED)}; got"
+            f"wrap: the network must have neurons of {', '.join(ACCEPTED)}; got"
             f" {type(network).__name__}",
         )
         self._replace_norms(network, places, memo)
-        for name, module, time in places:
-            if _class_name(module) == _DROPOUT:
-                require(
-                    time in ("one", "all", "folded"),
-                    f"wrap: {_describe(name, module)}: must have step_mode 'm', to get all"
-                    " time steps",
-                )
-                memo[id(module)] = Dropout(module.p).train(module.training)
-                if time == "one":
-                    _add_axis(memo[id(module)], 0)
+        self._replace_dropout(places, memo)
         for _, module, time in reversed(places):  # inner containers first
             is_inner = type(module) is nn.Sequential and time == "folded"
             if _time_inside(module) == "folded" or is_inner:
@@ -365,6 +352,22 @@ class Wrapped(nn.Module):
             if time == "one":
                 _add_axis(norm, 0)
 
+    def _replace_dropout(self, places: Sequence[Any], memo: dict[int, Any]) -> None:
+        """Put our dropout into `memo`.
+
+        Raises: ValueError that names a dropout which takes the time steps for samples.
+        """
+        for name, module, time in places:
+            if _class_name(module) != _DROPOUT:
+                continue
+            require(
+                time in ("one", "all", "folded"),
+                f"wrap: {_describe(name, module)}: must have step_mode 'm', to get all time steps",
+            )
+            memo[id(module)] = Dropout(module.p).train(module.training)
+            if time == "one":
+                _add_axis(memo[id(module)], 0)
+
     def give_seams(self) -> None:
         """Make linear layers and convolutions our synapses, with the same parameters and names.
 
@@ -388,6 +391,16 @@ class Wrapped(nn.Module):
                 layer.register_forward_pre_hook(partial(_check_time_axis, self, name))
 
 
+def _shared(network: nn.Module) -> dict[int, Any]:
+    """For `deepcopy`: by id, the parameters and buffers, which it must not copy, and copies of
+    tensors with a graph, such as recorded spikes, which it would refuse.
+    """
+    kept = tree_leaves([list(vars(module).values()) for module in network.modules()])
+    with_graph = [x for x in kept if isinstance(x, Tensor) and x.grad_fn is not None]
+    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
+    return shared | {id(x): x.detach().clone() for x in with_graph}
+
+
 def _places(module: Any, time: _Time, name: str = "") -> Iterator[tuple[str, Any, _Time]]:
     """Name, module and time of `module` and of every module inside it that is not in a neuron.
 
@@ -403,7 +416,7 @@ def _places(module: Any, time: _Time, name: str = "") -> Iterator[tuple[str, Any
         or foreign == _DROPOUT
         or (foreign.startswith(_STATELESS) and not is_stateful),
         f"wrap: {_describe(name, module)}: this class cannot be mapped; replace it by"
-        f" {_ACCEPTED.get(foreign.partition('.')[0])}",
+        f" {ACCEPTED.get(foreign.partition('.')[0])}",
     )
     has_step_mode_m = getattr(module, "step_mode", "s") == "m"
     yield name, module, "all" if time == "unknown" and has_step_mode_m else time
@@ -420,7 +433,7 @@ def _class_name(module: nn.Module) -> str:
     A user's subclass, which may compute something else, has the name with a "+".
     """
     names = [f"{kind.__module__}.{kind.__qualname__}" for kind in type(module).__mro__]
-    foreign = next((name for name in names if name.partition(".")[0] in _ACCEPTED), "")
+    foreign = next((name for name in names if name.partition(".")[0] in ACCEPTED), "")
     return foreign + "+" if foreign and foreign != names[0] else foreign
 
 

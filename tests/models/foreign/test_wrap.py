@@ -440,6 +440,8 @@ def test_dropout_of_spikingjelly_has_one_mask_for_all_time_steps(step_mode: str)
     with fresh_state(wrapped):
         assert wrapped(torch.full((3, 2, 400), 1.0)).unique().tolist() == [1.0]
     assert not unwrap(wrapped).training
+    wrapped.train().get_submodule("network.1").eval()
+    assert [module.training for module in unwrap(wrapped).children()] == [True, False]
 
 
 def test_a_network_that_keeps_its_last_spikes_is_wrapped() -> None:
