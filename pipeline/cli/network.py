@@ -241,16 +241,33 @@ def _built(target: str, shape: str | None) -> "tuple[nn.Module, Tensor, str]":
         "check: MODULE:BUILDER needs --input T,B,... with the sizes of the input, such as"
         f" 4,8,2,32,32; got {'no --input' if shape is None else shape}",
     )
+    module, _, name = target.partition(":")
+    as_module = ".".join(Path(module).with_suffix("").parts)
+    require(
+        not module.endswith(".py"),
+        f"check: MODULE:BUILDER must have the name of a module, not of a file; got {target}, try"
+        f" {as_module}:{name}",
+    )
     import torch
 
     sys.path.append(os.getcwd())  # noqa: PTH109
-    module, _, name = target.partition(":")
     try:
-        network = getattr(importlib.import_module(module), name)()
-    except (ImportError, AttributeError, TypeError) as error:
+        builder = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"check: MODULE:BUILDER must be a function without arguments that can be imported; got"
-            f" {target}: {error}"
+            f"check: MODULE:BUILDER must be a function that can be imported; got {target}: {error}"
+        ) from error
+    require(
+        callable(builder),
+        f"check: MODULE:BUILDER must be a function without arguments; got {target}, which is"
+        f" {builder!r}",
+    )
+    try:
+        network = builder()
+    except Exception as error:
+        message = " ".join(str(error).split())
+        raise ValueError(
+            f"check: {target} must run without arguments; got {type(error).__name__}: {message}"
         ) from error
     require(
         isinstance(network, torch.nn.Module),
