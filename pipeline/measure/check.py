@@ -41,7 +41,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -82,10 +81,8 @@ class Verdict:
     advice: str = ""
 
     def __str__(self) -> str:
-        sentence = ": ".join(filter(None, (self.module, self.text)))
-        return f"{self.state:5}  {self.question:9}  " + "; ".join(
-            filter(None, (sentence, self.advice))
-        )
+        module, advice = self.module and f"{self.module}: ", self.advice and f"; {self.advice}"
+        return f"{self.state:5}  {self.question:9}  {module}{self.text}{advice}"
 
 
 def check(network: nn.Module, x_TB: Tensor) -> tuple[Verdict, ...]:
@@ -232,7 +229,11 @@ def _copy(network: nn.Module, training: bool | None = None) -> nn.Module:
     if training is not None:
         network.train(training)
         for module in network.modules():
-            module.training &= not isinstance(module, (_DropoutNd, Dropout, _SpectralNorm))
+            names = [type(each).__name__ for each in (module, *module._forward_pre_hooks.values())]
+            module.training &= not (
+                isinstance(module, (_DropoutNd, Dropout))
+                or any("SpectralNorm" in name for name in names)  # torch's module, or older hook
+            )
     return network
 
 
@@ -348,13 +349,12 @@ def _unrolled(lif: LIF, x_TB: Tensor) -> Tensor:
     """The spikes of `lif` by its equations (`spiking/neuron.py`), for `custom_forward`."""
     v_B, learnt_decay, spikes = lif.membrane(x_TB), lif.learnt_decay(), []
     decay = lif.decay if learnt_decay is None else learnt_decay
-    fires = torch.gt if lif.comparison == ">" else torch.ge
     for x_B in x_TB.unbind(0):
         u_B = decay * v_B + ((1 - decay) * x_B if lif.scale_input else x_B)
         a_B = u_B - lif.threshold
-        slope_B = lif.surrogate.derivative(a_B.detach().clone())
+        fires_B = a_B > 0 if lif.comparison == ">" else a_B >= 0
         # The value is 0 or 1, and the derivative is the surrogate's.
-        s_B = fires(a_B, 0).to(a_B) + slope_B * (a_B - a_B.detach())
+        s_B = fires_B + lif.surrogate.derivative(a_B.detach().clone()) * (a_B - a_B.detach())
         reset_B = s_B if lif.reset_gradient == "kept" else s_B.detach()
         v_B = u_B - lif.subtract * reset_B if lif.reset == "subtract" else u_B * (1 - reset_B)
         spikes.append(s_B)
@@ -380,8 +380,7 @@ def _unrolling_error(lif: LIF, call: _Call) -> float | None:
 @torch.no_grad()
 def _threshold(alone: _Alone, x_TN: Tensor) -> Tensor:
     """The last current of each element at which it begins to fire, by bisection; `x_TN` gets it."""
-    low_N = torch.full_like(x_TN[-1], -LARGEST_CURRENT)
-    high_N = -low_N
+    low_N, high_N = (x_TN[-1] * 0 + end for end in (-LARGEST_CURRENT, LARGEST_CURRENT))
     for _ in range(60):
         x_TN[-1] = (low_N + high_N) / 2
         fires_N = alone.outputs()[0].reshape(x_TN.shape)[-1] > 0
@@ -408,11 +407,13 @@ def _threshold_error(neuron: nn.Module, call: _Call, steps: int) -> float | None
     x_TN[:, ~is_chosen_N] *= -1
     has_same_TN = (alone.outputs()[0] == y).view(x_TN.shape)
     x_TN[:, ~is_chosen_N] *= -1
-    weight_TN = torch.zeros_like(x_TN)
-    weight_TN[-1] = is_chosen_N & (first_N.abs() < LARGEST_CURRENT / 2)
-    if not weight_TN.any() or not has_same_TN[:, is_chosen_N].all():
+    weight_N = (is_chosen_N & (first_N.abs() < LARGEST_CURRENT / 2)).to(y)
+    if not weight_N.any() or not has_same_TN[:, is_chosen_N].all():
         return None
-    weight, errors = weight_TN.view_as(y), list[float]()
+    weight, errors = (
+        nn.functional.pad(weight_N[None], (0, 0, steps - 1, 0)).view_as(y),
+        list[float](),
+    )
     last_N = _gradient(y, alone.variables[0], weight).view_as(x_TN)[-1]
     for x in alone.trainable():
         direction = 1e-5 * _largest([x]) * _random(x, 3).abs()
@@ -497,7 +498,8 @@ class _Check:
         self.norms = [
             name
             for name, module in _by_name(network).items()
-            if isinstance(module, BatchNorm) or is_foreign_norm(module)
+            if (isinstance(module, BatchNorm) or is_foreign_norm(module))
+            and getattr(module, "running_mean", None) is not None
         ]
         for module in self.network.modules():
             module.register_forward_hook(  # some neurons return their spikes in fp32
@@ -506,8 +508,7 @@ class _Check:
         try:
             y_TB = _Run(_copy(self.network, training=False), self.x_TB).y_TB
             self.awake = self._awake()
-            self.random: dict[str, Literal["note", "fault"]] = {}
-            self.draws: dict[bool, str] = {}
+            self.random, self.draws = dict[str, str](), dict[bool, str]()
             for training in (False, True):
                 self._replace_random(training)
             self.neurons = self._neurons()
@@ -538,6 +539,7 @@ class _Check:
         return awake
 
     def _replace_random(self, training: bool) -> None:
+        """An encoder, and a module with others in it, which may encode, are not at fault."""
         while training not in self.draws:
             first, second = (
                 _Run(_copy(self.awake, training), self.x_TB, seed=seed) for seed in (0, 1)
@@ -547,12 +549,13 @@ class _Check:
             call, module = first.joined()[name], _by_name(self.awake)[name]
             is_whole = any(module.children())
             if not training:
-                # An encoder is sound, and an encoder may be in a whole.
-                is_sound = is_whole or all(map(_is_binary, call.outputs))
-                self.random[name] = "note" if is_sound else "fault"
+                self.random[name] = (
+                    "note" if is_whole or all(map(_is_binary, call.outputs)) else "fault"
+                )
             if is_whole or [x.shape for x in call.inputs] != [y.shape for y in call.outputs]:
                 self.draws[training] = name
-            module.forward = _sine
+            else:
+                module.forward = _sine
 
     def _neurons(self) -> list[str]:
         """The names of all LIF, and of modules that map values `[T, B, ...]` to 0 and 1.
@@ -560,8 +563,7 @@ class _Check:
         A module may also be called on values `[B, ...]` for each step.
         """
         modules, whole, found = _by_name(self.awake), (self.steps, self.samples), list[str]()
-        run = _Run(_copy(self.awake, training=True), self.x_TB)
-        for name, call in run.joined().items():
+        for name, call in _Run(_copy(self.awake, training=True), self.x_TB).joined().items():
             values = [*call.inputs, *call.outputs]
             if isinstance(modules[name], LIF) or (
                 not _inside(name, found)
@@ -589,9 +591,9 @@ class _Check:
     def _batch(self) -> tuple[Any, ...]:
         whole, found = _Run(_copy(self.awake, training=False), self.x_TB), dict[str, int]()
         for row in () if False in self.draws else sorted({0, self.samples // 2, self.samples - 1}):
-            alone = _Run(_copy(self.awake, training=False), self.x_TB[:, row : row + 1])
             same = partial(_same_sample, row=row, samples=self.samples, steps=self.steps)
-            found.setdefault(_differing(whole, alone, same), row)
+            one = _Run(_copy(self.awake, training=False), self.x_TB[:, row : row + 1])
+            found.setdefault(_differing(whole, one, same), row)
         # For some samples, the fault may be visible only in a module around the one at fault.
         for module in whole.joined():
             if module in found:
@@ -647,9 +649,8 @@ class _Check:
         return "ok", "a batch leaves no state behind for the next one"
 
     def _gradients(self) -> tuple[Any, ...]:
-        run = _Run(_copy(self.awake, training=True), self.x_TB)
-        calls = {name: call for name, call in run.joined().items() if call.outputs}
         modules, given = _by_name(_copy(self.awake, training=True)), list[str]()
+        calls = _Run(_copy(self.awake, training=True), self.x_TB).joined()
         same_shape = [
             modules[name]
             for name in self.neurons
@@ -662,16 +663,16 @@ class _Check:
                     error = _unrolling_error(module, call)
                 if error is None and module in same_shape:
                     error = _threshold_error(module, call, self.steps)
-                elif name not in self.neurons:
+                elif call.outputs and name not in self.neurons:
                     with set_temporarily(same_shape, "forward", _sine):
                         error = _slope_error(module, call)
             except _Failed:  # it cannot run alone, and is checked as a part of other modules
                 error = None if name in self.neurons else 0.0
             except RuntimeError as refusal:
                 error, failure = math.inf, f"fails with {_Failed(refusal)}"
-            if error is None:
+            if error is None and call.outputs:
                 given += [] if _inside(name, given) else [name]
-            elif error > WRONG:
+            elif error is not None and error > WRONG:
                 return (
                     "fault",
                     f"its gradient {failure or f'is wrong (relative error {error:.1g})'}",
@@ -689,9 +690,11 @@ class _Check:
 
     def _activity(self) -> tuple[Any, ...]:
         network = _copy(self.network, training=True)
-        run = _Run(network, self.x_TB, has_graph=True)
-        modules, calls = _by_name(self.network), run.joined()
-        notes = [] if self.neurons else ["no module returns spikes"]
+        calls = _Run(network, self.x_TB, has_graph=True).joined()
+        modules, notes = (
+            _by_name(self.network),
+            [] if self.neurons else ["no module returns spikes"],
+        )
         for name in self.neurons:
             fires_RN = calls[name].outputs[0].reshape(self.steps * self.samples, -1) != 0
             for word, is_so_N in (("never", ~fires_RN.any(0)), ("always", fires_RN.all(0))):
@@ -726,8 +729,6 @@ class _Check:
         modules: dict[str, Any] = _by_name(self.network)
         for name in filter(calls.get, self.norms):
             norm, old, new = modules[name], modules[name].state_dict(), trained[name].state_dict()
-            if "running_mean" not in old:
-                continue
             is_frozen = getattr(norm, "frozen", False) or not trained[name].training
             is_stuck = not is_frozen and torch.equal(old["running_var"], new["running_var"])
             away, at_first = (
@@ -735,10 +736,10 @@ class _Check:
                 for mean, var in ((old["running_mean"], old["running_var"]), (0, 1))
             )
             if is_stuck or away > FAR + at_first:
-                problem = "do not change in training" if is_stuck else "are far from the batch's"
                 return (
                     "fault",
-                    f"its running statistics {problem} (distance {away:.2g})",
+                    f"its running statistics {'do not change' if is_stuck else 'are far away'}"
+                    f" (distance {away:.2g} from the batch's)",
                     name,
                     "train on data like these, with a momentum above 0",
                 )
