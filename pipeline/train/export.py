@@ -10,7 +10,8 @@
                                norm directly behind X (`spiking/binary.py`)
 
 The metadata contain the format, the version, the layout, the recipe's `model` as JSON, its
-`time_steps`, the folder and the hashes of the user's own code of the model (`code`, see
+`time_steps`, the names of its classes and how pictures become its input (`trained_on`, see
+data/pictures.py), the folder and the hashes of the user's own code of the model (`code`, see
 own_code.py), and the sha256 of the other metadata and the tensors.
 
 A packed network computes the same as the trained one up to rounding, because folding changes the
@@ -38,6 +39,7 @@ from pipeline.core.files import write_whole
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.tensor_file import describe_mismatch
 from pipeline.core.units import counted
+from pipeline.data.pictures import TrainedOn
 from pipeline.recipe import own_code
 from pipeline.recipe.json import decode, encode, targets
 from pipeline.recipe.recipe import TRUSTED, Recipe, Spec
@@ -51,10 +53,10 @@ from pipeline.spiking.binary import (
 )
 from pipeline.spiking.encode import to_time_first
 from pipeline.train.tasks import tasks_of
-from pipeline.train.weights import load_run
+from pipeline.train.weights import load_run, trained_on
 
 FORMAT = "spiketrain"
-VERSION = "1"
+VERSION = "2"
 
 Layout = Literal["plain", "packed"]
 
@@ -138,6 +140,7 @@ def export_run(
         "layout": layout,
         "model": json.dumps(model),
         "time_steps": str(recipe.time_steps),
+        "trained_on": json.dumps(trained_on(folder, recipe).to_json()),
         **({"code": json.dumps(own_code.describe_packages(own))} if own else {}),
     }
     write_whole(out, save(tensors, {**metadata, "sha256": _digest(metadata, tensors)}))
@@ -203,6 +206,11 @@ def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str]
                 f"the file must contain {model.label}; it contains {written_model.label}"
             )
         network: nn.Module = written_model.build()
+        network.trained_on = TrainedOn.from_json(  # type: ignore[assignment]
+            json.loads(metadata["trained_on"]),
+            time_steps=int(metadata["time_steps"]),
+            trusted=(*TRUSTED, *trust),
+        )
         if metadata["layout"] == "packed":
             tensors = unpack(network, tensors)
         mismatch = describe_mismatch(tensors, network.state_dict())
@@ -227,6 +235,9 @@ def load(
         network = pipeline.load("runs/fashion-sltt")
         with torch.no_grad(), fresh_state(network):
             logits_BK = network(repeat(x_BCHW, 6)).mean(0)
+
+    `network.trained_on` has the number of `time_steps`, the `class_names` of the data set, and, if
+    the data were pictures in files, the `transform` from files of pictures to `x_BCHW`.
 
     A network with a head for each task uses the first head until
     `models.transforms.select_head` selects another.
