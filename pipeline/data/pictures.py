@@ -1,7 +1,7 @@
 """Turns files of pictures into the input of a network, as its evaluation saw pictures.
 
     network = pipeline.load("runs/birds-sltt")
-    x_BCHW = network.trained_on.transform(["robin.jpg", "wren.png"])
+    x_BCHW = network.pretrained.transform(["robin.jpg", "wren.png"])
 
 The files are written to a temporary .beton with the options of the run's data set, and read by the
 loader of its evaluation. So a picture becomes the same tensor, to the bit, as in the run. FFCV is
@@ -83,7 +83,7 @@ class Transform:
 
 
 @dataclass(frozen=True)
-class TrainedOn:
+class Pretrained:
     """What a trained network expects, and what its outputs are."""
 
     time_steps: int
@@ -102,7 +102,7 @@ class TrainedOn:
     @classmethod
     def from_json(
         cls, value: Mapping[str, Any], *, time_steps: int, trusted: Collection[str]
-    ) -> "TrainedOn":
+    ) -> "Pretrained":
         data = decode(value["data"], trusted)
         return cls(
             time_steps,

@@ -13,7 +13,7 @@ from pipeline.core.printing import Column, new_console, number, print_table, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.core.torch_settings import computing
-from pipeline.data.pictures import BATCH, TrainedOn
+from pipeline.data.pictures import BATCH, Pretrained
 from pipeline.data.write.images import IMAGE_SUFFIXES
 from pipeline.measure.energy import EnergyCounter, describe_inference, joules_per_sample
 from pipeline.measure.memory import device_here
@@ -151,7 +151,7 @@ def predict(
     """
     files = _files(pictures)
     network: Any = load(run, which=which, trust=trust)
-    trained: TrainedOn = network.trained_on
+    trained: Pretrained = network.pretrained
     if trained.transform is None:
         raise ValueError(
             f"predict: the network must have been trained on pictures in files, without phases;"

@@ -14,7 +14,7 @@ from pipeline.core.checks import require
 from pipeline.core.files import write_whole
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.tensor_file import describe_mismatch, read_state
-from pipeline.data.pictures import TrainedOn, Transform
+from pipeline.data.pictures import Pretrained, Transform
 from pipeline.models.qkformer import QKFormer, is_published, to_our_names
 from pipeline.recipe.recipe import Recipe, read_json
 from pipeline.recipe.spec import Spec, is_path
@@ -39,16 +39,16 @@ def load_run(
     network.load_state_dict(
         read_state(verified_checkpoint(store_of(folder), which) / WEIGHTS, subject="load")
     )
-    network.trained_on = trained_on(folder, recipe)  # type: ignore[assignment]
+    network.pretrained = pretrained(folder, recipe)  # type: ignore[assignment]
     return network.eval()
 
 
-def trained_on(run: Path, recipe: Recipe) -> TrainedOn:
+def pretrained(run: Path, recipe: Recipe) -> Pretrained:
     """What the networks of a run expect, from its job.json and its recipe."""
     file = RunFolder(run).job
     job = read_json(file) if file.exists() else {}
     options = job.get("picture_options")
-    return TrainedOn(
+    return Pretrained(
         recipe.time_steps,
         tuple(job.get("class_names", ())),
         None if options is None else Transform(recipe.data, options),

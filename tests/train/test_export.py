@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pipeline
-from pipeline.data.pictures import TrainedOn
+from pipeline.data.pictures import Pretrained
 from pipeline.launch.prepare import write_job
 from pipeline.models.convnet import convnet
 from pipeline.models.ms_resnet import MSResNet
@@ -349,7 +349,7 @@ def test_a_network_of_ones_own_is_evaluated_from_its_recipe_and_an_export(
         tensors = made.model.build().state_dict()
         told = {"format": "spiketrain", "version": "2", "layout": "plain", "time_steps": "3"}
         told["model"] = json.dumps(encode(made.model, paths=True))
-        told["trained_on"] = json.dumps(TrainedOn(3, (), None).to_json())
+        told["pretrained"] = json.dumps(Pretrained(3, (), None).to_json())
         file = tmp_path / f"{name}.safetensors"
         save_file(tensors, file, {**told, "sha256": _digest(told, tensors)})
         said = done("evaluate", tmp_path / f"{name}.py", "--weights", file, *words)
