@@ -5,6 +5,7 @@ other pictures.
 import csv
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,9 @@ def test_an_export_predicts_as_its_run_and_names_what_it_cannot_read(
     assert row["class_1"] in table and "Spikes of each layer, T = 3" in table
 
 
-def test_a_loaded_network_comes_with_what_it_expects(place: Path, tmp_path: Path) -> None:
+def test_a_loaded_network_comes_with_what_it_expects(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     network: Any = pipeline.load(place / "runs" / "first")
     expects = network.pretrained
     assert (expects.time_steps, expects.class_names) == (3, tuple(COLOURS))
@@ -124,6 +127,16 @@ def test_a_loaded_network_comes_with_what_it_expects(place: Path, tmp_path: Path
         [batch] = batches
     assert torch.equal(x_BCHW, batch.x[batch.target == 1])
     (tmp_path / "empty.png").touch()
+    page = (Path(__file__).parents[2] / "docs" / "pictures.md").read_text()
+    [code] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    for example, ours in (
+        ("birds.safetensors", place / "runs" / "first"),
+        ("robin.jpg", files[1]),
+        ("wren.png", files[0]),
+    ):
+        code = code.replace(example, str(ours))
+    exec(code, {})
+    assert len(set(re.findall(r"'(\w+)'", capsys.readouterr().out)) - COLOURS.keys()) == 0
     with pytest.raises(ValueError, match=r"1 picture cannot be read, such as .*empty\.png"):
         expects.transform([files[0], tmp_path / "empty.png"])
 
