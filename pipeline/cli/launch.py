@@ -343,7 +343,7 @@ def finetune(
         print(reason, file=sys.stderr)
     run = launch_run(
         recipe.override(parse_changes(changes)),
-        Cluster(workers=parse_workers(workers), inline=inline, device=device),
+        Cluster(workers=parse_workers(workers), inline=inline, device=device or "auto"),
         runs,
         name=name,
         trust=tuple(trust),
