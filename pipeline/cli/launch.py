@@ -1,10 +1,10 @@
-"""`spiketrain launch` and `resume`."""
+"""`spiketrain launch`, `resume` and `finetune`."""
 
 import signal
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -30,6 +30,8 @@ from pipeline.cli.options import (
     count_option,
     is_set_by_user,
     load_changed,
+    number_option,
+    parse_changes,
 )
 from pipeline.cli.submit import (
     DryRun,
@@ -111,6 +113,14 @@ Checkpoints = Annotated[
         ),
     ),
 ]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        "--init",
+        metavar="RUN|FILE",
+        help="start from the weights of a run or a file; short for --set init=...",
+    ),
+]
 commands = Commands()
 
 
@@ -140,6 +150,7 @@ def launch(
     name: Name = None,
     or_resume: OrResume = False,
     checkpoints: Checkpoints = None,
+    init: Init = None,
     changes: Sets = [],  # noqa: B006  (typer reads the default, nothing changes it)
     trust: Trust = [],  # noqa: B006
     tiny: Tiny = False,
@@ -161,6 +172,7 @@ def launch(
         from pipeline.launch.prepare import folder_named
 
         folder_named(runs, name)  # raises if the name is not valid
+    changes = changes if init is None else [*changes, f"init={init!r}"]
     workload = _combine([load_changed(recipe, changes, tiny) for recipe in recipes], seeds, tune)
     resources = _make_cluster(context.params, workload)
     refuse_unnamed(workload, recipes)
@@ -239,6 +251,123 @@ def _resume_if_exists(
         trust=trust,
     )
     return True
+
+
+@commands.command(
+    epilog="Example: spiketrain finetune imagenet-sltt-20260105-120000 birds --workers 2"
+)
+def finetune(
+    context: typer.Context,
+    weights: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|FILE",
+            help="folder of a run, or its name under --runs, or a file of spiketrain export",
+        ),
+    ],
+    pictures: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER", help="as for write folder, or with train.beton and val.beton"
+        ),
+    ],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", metavar="DIR", help="folder for the FFCV files; default: data/ and the name"
+        ),
+    ] = None,
+    val: Annotated[
+        float, number_option("--val", help="share that evaluates if FOLDER has no val/")
+    ] = 0.1,
+    rule: Annotated[
+        Literal["sltt", "sltt-1", "ottt", "bptt"] | None,
+        typer.Option("--rule", help="default: sltt, or bptt if sltt cannot train the network"),
+    ] = None,
+    trains: Annotated[
+        Literal["all", "head"], typer.Option("--trains", help="head: only the classifier")
+    ] = "all",
+    layer_decay: Annotated[
+        float | None,
+        number_option("--layer-decay", help="learning rate of a layer over that of the next"),
+    ] = None,
+    lr: Annotated[float, number_option("--lr", help="highest learning rate, of AdamW")] = 1e-3,
+    epochs: Annotated[int, typer.Option("--epochs", min=1)] = 10,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
+    size: Annotated[
+        int | None, typer.Option("--size", min=1, help="pixels a side; default: as before")
+    ] = None,
+    workers: Sizes = "1",
+    inline: Inline = False,
+    device: Device = "auto",
+    runs: Runs = RUNS,
+    name: Name = None,
+    changes: Sets = [],  # noqa: B006
+    trust: Trust = [],  # noqa: B006
+) -> None:
+    """Train a network further on your own pictures.
+
+    The pictures are written to FFCV files first. The last lines show the accuracy and the most
+    frequent mistakes, and where the report with the worst mistakes is.
+    """
+    _handle_signals()
+    from pipeline.cli.write import progress_bar
+    from pipeline.data.write.images import write_folder
+    from pipeline.launch.cluster import Cluster, parse_workers
+    from pipeline.launch.driver import launch_run
+    from pipeline.launch.finetune import finetuning, read_start, write_mistakes
+    from pipeline.report.selection import find_run
+
+    start = read_start(
+        Path(weights) if Path(weights).is_file() else find_run(runs, weights), trust=tuple(trust)
+    )
+    if (pictures / "train.beton").exists():
+        folder = pictures
+    else:
+        folder = data or Path("data") / pictures.resolve().name
+        with progress_bar(pictures.name) as bar:
+            write_folder(pictures, folder, progress=bar, existing="keep")
+    recipe, reason = finetuning(
+        start,
+        folder.resolve(),
+        rule=rule,
+        trains=trains,
+        layer_decay=layer_decay,
+        lr=lr,
+        epochs=epochs,
+        batch_size=batch_size,
+        size=size,
+        name=f"finetune-{folder.resolve().name}",
+    )
+    if reason:
+        print(reason, file=sys.stderr)
+    run = launch_run(
+        recipe.override(parse_changes(changes)),
+        Cluster(workers=parse_workers(workers), inline=inline, device=device or "auto"),
+        runs,
+        name=name,
+        trust=tuple(trust),
+    )
+    _print_mistakes(write_mistakes(run, folder))
+    from pipeline.report.page import write
+    from pipeline.report.suite import read_study
+    from pipeline.track.mlflow import REPORT
+
+    _end_run(run)
+    print(f"page    {write(read_study(run.parent, [run.name]).study, run / REPORT)}")
+
+
+def _print_mistakes(found: dict[str, Any]) -> None:
+    """Print how often the most frequent wrong answers were given."""
+    names, confusion = found["class_names"], found["confusion"]
+    wrong = [
+        (count, names[target], names[answer])
+        for target, counts in enumerate(confusion)
+        for answer, count in enumerate(counts)
+        if count and target != answer
+    ]
+    for count, target, answer in sorted(wrong, reverse=True)[:5]:
+        print(f"mistook {target} for {answer}: {count} of {sum(confusion[names.index(target)])}")
 
 
 @commands.command(epilog="Example: spiketrain resume fashion-sltt-20260105-120000")

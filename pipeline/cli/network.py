@@ -1,4 +1,4 @@
-"""`spiketrain evaluate`, `export` and `check`: commands for one network."""
+"""`spiketrain evaluate`, `predict`, `export` and `check`: commands for one network."""
 
 import importlib
 import json
@@ -98,6 +98,43 @@ def evaluate(
     evaluate_run(
         find_run(runs, run), which=which, weights=weights, time_steps=steps, trust=tuple(trust)
     )
+
+
+@commands.command(
+    epilog=(
+        "Example: spiketrain predict birds-sltt-20260105-120000 robin.jpg holiday/; spiketrain"
+        " predict birds.safetensors robin.jpg --format json"
+    )
+)
+def predict(
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="RUN|FILE",
+            help="folder of a run, or its name under --runs, or a file of spiketrain export",
+        ),
+    ],
+    pictures: Annotated[
+        list[Path], typer.Argument(metavar="PICTURE...", help="pictures, or folders of pictures")
+    ],
+    format_: Annotated[
+        Literal["table", "json", "csv"],
+        typer.Option("--format", help="csv: the classes alone"),
+    ] = "table",
+    which: Annotated[
+        Literal["last", "best"], typer.Option("--which", help="checkpoint of the run")
+    ] = "last",
+    runs: Runs = RUNS,
+    trust: Trust = [],  # noqa: B006
+) -> None:
+    """Predict the classes of pictures. Print the five most probable classes of each picture, the
+    spikes of each layer, and the energy of an inference.
+    """
+    from pipeline.launch.predict import predict as answer
+    from pipeline.report.selection import find_run
+
+    source = Path(run) if Path(run).is_file() else find_run(runs, run)
+    answer(source, pictures, which=which, trust=tuple(trust)).print(format_)
 
 
 @commands.command(epilog="Example: spiketrain export fashion-sltt-20260105-120000")

@@ -79,7 +79,7 @@ def write_fashion(
     """Fashion-MNIST: 60,000 training and 10,000 test images, 28 x 28, 10 classes."""
     from pipeline.data.write.images import write_fashion as write_files
 
-    with _progress("fashion") as bar:
+    with progress_bar("fashion") as bar:
         written = write_files(out, workers=workers, source=source, progress=bar, existing=existing)
     _report(written)
 
@@ -117,7 +117,7 @@ def write_folder(
     """A folder of pictures in the layout of ImageNet."""
     from pipeline.data.write.images import write_folder as write_files
 
-    with _progress(source.name) as bar:
+    with progress_bar(source.name) as bar:
         written = write_files(
             source,
             out,
@@ -179,7 +179,7 @@ def write_events(
         "samples": samples,
         "val_samples": val_samples,
     }
-    with _progress(name) as bar:
+    with progress_bar(name) as bar:
         written = write_files(
             name,
             out,
@@ -242,7 +242,7 @@ def write_stamps(
     """
     from pipeline.data.write.stamps import write_stamps as write_files
 
-    with _progress("stamps") as bar:
+    with progress_bar("stamps") as bar:
         written = write_files(
             out,
             size=size,
@@ -280,7 +280,7 @@ def _size(manifest: "Manifest") -> str:
 
 
 @contextmanager
-def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
+def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar on a terminal. If too many samples are unreadable, list them."""
     from pipeline.data.write.writer import TooManyUnreadable
 

@@ -21,6 +21,8 @@ class RunFolder:
         self.summary = self.path / "summary.json"  # results of a finished run
         self.activity = self.path / "activity.json"  # final firing rates of each layer
         self.predictions = self.path / "answers.npz"  # predictions of the last evaluation
+        # Of a fine-tuned run: its confusion, and the pictures of its worst mistakes
+        self.mistakes = self.path / "mistakes.json"
         self.checkpoints = self.path / "checkpoints"  # folder, unless the job names an address
         self.decisions = self.path / "decisions.json"  # rollbacks, skipped batches, micro-batch
         # Locks, held by live processes

@@ -20,7 +20,7 @@ from pipeline.recipe.spec import arguments_of
 from pipeline.recipe.suite import how_to_resume, targets_of
 from pipeline.train.checkpoint import Owner, absolute, owner_of, store_at
 from pipeline.train.job import Job
-from pipeline.train.tasks import fingerprint_of
+from pipeline.train.tasks import build_data, fingerprint_of
 from pipeline.train.weights import study_inputs
 
 NOT_SAVED = ("run", "trust", "store_token")  # Fields of a job that are not in job.json
@@ -61,10 +61,13 @@ def prepare(
         folder = free_folder(runs / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     else:
         folder = folder_named(runs, name)
+    data = build_data(recipe)
     job = Job(
         run=str(folder),
         study=study,
         data_fingerprint=fingerprint,
+        class_names=() if recipe.phases else getattr(data, "class_names", ()),
+        picture_options=None if recipe.phases else getattr(data, "picture_options", None),
         commit=commit(),
         recipe=recipe.to_json(),
         parent=parent,

@@ -7,6 +7,7 @@ They are parts of a recipe, for example `model=spec(late, network=spec(convnet),
     late            logits of the last time steps only
     with_readouts   a linear readout after each neuron, for local learning
     synchronized    batch norm over the samples of all workers
+    frozen          weights that stay as they are, except those of the classifier
 """
 
 # T time, B batch, C channels, K classes
@@ -23,7 +24,7 @@ from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.spiking.binary import Binarization, binarize
 from pipeline.spiking.local_learning import Readout
 from pipeline.spiking.neuron import LIF
-from pipeline.spiking.norm import batch_norms
+from pipeline.spiking.norm import batch_norms, is_foreign_norm
 from pipeline.spiking.norm_limit import LimitedSynapse
 from pipeline.spiking.state import State
 from pipeline.spiking.synapse import Conv2d, Linear, is_inside
@@ -228,6 +229,31 @@ def with_readouts(
         f"with_readouts: classes must be the network's number of outputs, {outputs}; got"
         f" classes={classes}",
     )
+    return network
+
+
+def frozen(network: nn.Module) -> nn.Module:
+    """`network` of which only the `classifier` trains.
+
+    The other parameters get no gradient, and the other batch norms use their running statistics.
+
+    Raises: ValueError for a network without a module `classifier`, or with batch norm of torch.
+    """
+    classifier: Any = getattr(network, "classifier", None)
+    require(
+        isinstance(classifier, nn.Module),
+        f"frozen: the network must have a module `classifier`; got {type(network).__name__}",
+    )
+    foreign = [name for name, module in network.named_modules() if is_foreign_norm(module)]
+    require(
+        not foreign,
+        f"frozen: batch norm must be pipeline.spiking.norm.BatchNorm; got torch's at {foreign[:1]}",
+    )
+    network.requires_grad_(False)
+    classifier.requires_grad_(True)
+    own = batch_norms(classifier)
+    for norm in batch_norms(network):
+        norm.frozen = norm not in own
     return network
 
 

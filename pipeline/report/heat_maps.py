@@ -1,4 +1,4 @@
-"""Heat maps of a group: firing rates, and each rule's gradient compared with BPTT's."""
+"""Heat maps of a group (firing rates, each rule's gradient beside BPTT's), and of a confusion."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -135,6 +135,38 @@ def temporal_share(group: Group) -> Figure | Missing:
         ),
         table=Table(columns=("layer", "moment", "temporal share"), rows=rows),
         drawing=drawn,
+    )
+
+
+def confusion(found: Mapping[str, Any]) -> Figure:
+    """True class x answer: shares of each class. `found`: the content of a run's mistakes.json."""
+    names, counts = found["class_names"], found["confusion"]
+    shares = [[count / max(1, sum(row)) for count in row] for row in counts]
+    right, total = sum(row[i] for i, row in enumerate(counts)), sum(map(sum, counts))
+    heat_map = _heat_map(
+        shares, x=[plain(name) for name in names], y=names, max_z=1.0, number_format=".0%"
+    )
+    return Figure(
+        name="confusion",
+        title="Confusion",
+        caption="Each row is a class. The columns are the shares of its pictures by answer.",
+        alt=f"{right:,} of {counted(total, 'picture')} have the right answer.",
+        table=Table(
+            columns=("class", "answer", "pictures"),
+            rows=tuple(
+                (names[target], names[answer], count)
+                for target, row in enumerate(counts)
+                for answer, count in enumerate(row)
+                if count
+            ),
+        ),
+        drawing=drawing(
+            [heat_map],
+            height=150 + _ROW_HEIGHT * len(names),
+            margin={"t": 30},
+            xaxis=_CATEGORIES,
+            yaxis=_DOWNWARDS,
+        ),
     )
 
 

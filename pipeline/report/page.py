@@ -17,13 +17,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.core.files import write_whole
+from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import rounded
 from pipeline.report import tables
 from pipeline.report.claims import SuiteResult
 from pipeline.report.compare import finite
 from pipeline.report.drawing import NOT_MEASURED, THEMES, Cell, Figure, Missing, Table, slug
 from pipeline.report.figures import learning_curves, ratios, standings, time_parts, trade_off
-from pipeline.report.heat_maps import firing_rates, gradient_fidelity, temporal_share
+from pipeline.report.heat_maps import confusion, firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.metrics import ENERGY
 from pipeline.report.results import ReportError, describe_state
 from pipeline.report.study import Group, Study
@@ -73,6 +74,12 @@ def render(study: Study) -> str:
     memory = list(swept(study.sweeps))
     scaled = tables.scaling(study)
     drawings: dict[str, Any] = {}
+    fine_tuned = [RunFolder(run.folder).mistakes for run in study.runs]
+    mistakes = (
+        json.loads(fine_tuned[0].read_text())
+        if len(fine_tuned) == 1 and fine_tuned[0].exists()
+        else None
+    )
 
     def offer(key: str, figure: Figure) -> str:
         """Add a figure's drawing to the page; return the address of its table."""
@@ -96,6 +103,8 @@ def render(study: Study) -> str:
             largest_said=LARGEST_SAID,
             scaled=scaled,
             missing=missing,
+            mistakes=mistakes,
+            confusion=mistakes and confusion(mistakes),
             drawings=drawings,
             offer=offer,
             plotly=Markup(plotly_script()),

@@ -163,6 +163,14 @@ def with_placeholder_weights(suite: Suite) -> Iterator[tuple[Recipe, ...]]:
 
 
 def build_optimizer(recipe: Recipe, network: nn.Module, rule: Rule) -> torch.optim.Optimizer:
+    if recipe.optimizer.kwargs.get("layer_decay") is not None:
+        require(
+            hasattr(network, "group_matcher") or hasattr(network, "classifier"),
+            "optimizer: layer_decay needs a network with a module `classifier` or a group_matcher"
+            f" of timm; {type(network).__name__} has none",
+        )
+        # where timm looks for the head; it groups the other parameters by their order
+        network.pretrained_cfg = {"classifier": "classifier"}  # type: ignore[assignment]
     try:
         optimizer = build_part(
             "optimizer",

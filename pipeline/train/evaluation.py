@@ -3,7 +3,7 @@
 `RUN/answers.npz` contains the predictions of a run's last evaluation. So two runs that were
 evaluated on one set can be compared sample by sample.
 
-T time, B batch, N samples, K classes
+T time, B batch, N samples, K classes, k the most probable of them (`TOP_K`, or all)
 """
 
 import io
@@ -69,13 +69,19 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Predictions:
-    """int64 arrays `[N]` with one entry per sample."""
+    """Arrays with one row per sample, int64 except for `probability`."""
 
     index: Ints  # `Batch.index`: the sample's position in the evaluation file
     target: Ints
-    answer: Ints  # the predicted class: it has the highest mean logit
+    top: Ints  # [N, k]: the classes with the highest mean logits, the highest first
+    probability: NDArray[np.float32]  # [N, k]: the softmax of the mean logits at these classes
     # the number of each sample's task, read from a file of a run with phases; else None
     task: Ints | None = None
+
+    @property
+    def answer(self) -> Ints:
+        """The predicted class of each sample."""
+        return self.top[:, 0]
 
     @property
     def is_correct(self) -> NDArray[np.bool_]:
@@ -109,6 +115,7 @@ def evaluate(
     counts_operations: bool = False,
     energy_counter: EnergyCounter | None = None,
     on_last_prediction: Callable[[], None] = lambda: None,
+    activity_every: int = ACTIVITY_EVERY,
 ) -> EvaluationOutput:
     """Evaluate the model on this rank's share of a set. Collective.
 
@@ -124,6 +131,7 @@ def evaluate(
         energy_counter: of the model's card. It is read before the first batch and after the last
             prediction, so its energy excludes the counting of operations. None: not measured.
         on_last_prediction: called after the last prediction.
+        activity_every: spikes are counted on one in so many samples.
 
     Raises:
         ValueError: there is no sample on any rank.
@@ -136,7 +144,7 @@ def evaluate(
     indices, scores = list[Tensor](), list[Tensor]()
     counted_samples, size = RandomSample(MAX_COUNTED_SAMPLES), 1
     began = energy_counter.read()
-    with Activity(network, every=ACTIVITY_EVERY) as activity:
+    with Activity(network, every=activity_every) as activity:
         for x_TB, target_B, index_B in batches:
             if counts_operations:
                 counted_samples.add(x_TB)
@@ -184,33 +192,40 @@ def _run(
 
 
 def _scores(mean_BK: Tensor, target_B: Tensor, loss: Tensor) -> Tensor:
-    """float64 `[4, B]`: target, predicted class, whether the target is among the five classes with
-    the highest mean logits (NaN: there are fewer than six classes), and the batch's mean loss.
+    """float64 `[3 + 2 k, B]`: target, whether the target is among the k classes with the highest
+    mean logits (NaN: there are fewer than six classes), the batch's mean loss, these k classes, and
+    their probabilities.
     """
-    top_B5 = mean_BK.topk(min(TOP_K, mean_BK.shape[-1])).indices
-    is_hit_B = (top_B5 == target_B[:, None]).any(1).double()
+    top_Bk = mean_BK.topk(min(TOP_K, mean_BK.shape[-1])).indices
+    is_hit_B = (top_Bk == target_B[:, None]).any(1).double()
     if mean_BK.shape[-1] <= TOP_K:
         is_hit_B.fill_(torch.nan)
-    return torch.stack(
-        [target_B.double(), top_B5[:, 0].double(), is_hit_B, loss.double().expand(len(target_B))]
-    )
+    columns_B = [target_B.double(), is_hit_B, loss.double().expand(len(target_B))]
+    probability_Bk = mean_BK.softmax(-1).gather(1, top_Bk)
+    return torch.cat([torch.stack(columns_B), top_Bk.T.double(), probability_Bk.T.double()])
 
 
 def _read(indices: list[Tensor], scores: list[Tensor]) -> tuple[_Sums, Predictions]:
     """This rank's sums and predictions, from the `_scores` of its batches. Waits for a GPU."""
     # The empty tensors are for ranks without batches.
     index = torch.cat(indices or [torch.zeros(0, dtype=torch.int64)]).numpy()
-    columns = torch.cat(scores or [torch.zeros(4, 0, dtype=torch.float64)], dim=1).cpu().numpy()
-    target, answer = columns[:2].astype(np.int64)
-    *_, is_hit, loss = columns
+    columns = torch.cat(scores or [torch.zeros(5, 0, dtype=torch.float64)], dim=1).cpu().numpy()
+    (target, is_hit, loss), rest = columns[:3], columns[3:]
+    top, probability = np.split(rest.T, 2, axis=1)
+    predictions = Predictions(
+        index=index,
+        target=target.astype(np.int64),
+        top=top.astype(np.int64),
+        probability=probability.astype(np.float32),
+    )
     sums = _Sums(
         samples=len(index),
-        top1=(answer == target).sum(),
+        top1=predictions.is_correct.sum(),
         loss=loss.sum(),
         top5_samples=np.isfinite(is_hit).sum(),
         top5=np.nansum(is_hit),
     )
-    return sums, Predictions(index=index, target=target, answer=answer)
+    return sums, predictions
 
 
 def _inference(
@@ -350,10 +365,16 @@ def write_predictions(
     """Write the predictions of every rank for each task (`by_rank[rank][task]`), sorted by task and
     index. The file is whole or absent.
     """
-    parts = [(task, part) for by_task in by_rank for task, part in enumerate(by_task)]
+    parts = [
+        # a rank without samples does not know k
+        (task, part)
+        for by_task in by_rank
+        for task, part in enumerate(by_task)
+        if len(part.index)
+    ]
     columns: dict[str, Any] = {
         name: np.concatenate([getattr(part, name) for _, part in parts])
-        for name in ("index", "target", "answer")
+        for name in ("index", "target", "top", "probability")
     }
     task_N = np.repeat([task for task, _ in parts], [len(part.index) for _, part in parts])
     order = np.lexsort((columns["index"], task_N))
@@ -372,12 +393,24 @@ def read_predictions(file: Path) -> Predictions:
     except (TypeError, ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"answers: {file} must be the file that a run writes at its end, with index, target and"
-            f" answer of each sample; it could not be read: {error}"
+            f" the top classes of each sample; it could not be read: {error}"
         ) from error
-    columns = [each for each in vars(predictions).values() if each is not None]
+    layout = {
+        name: (each.dtype.kind, each.ndim)
+        for name, each in vars(predictions).items()
+        if each is not None
+    }
+    expected = {
+        "index": ("i", 1),
+        "target": ("i", 1),
+        "top": ("i", 2),
+        "probability": ("f", 2),
+        "task": ("i", 1),
+    }
     require(
-        all(each.ndim == 1 and each.dtype.kind == "i" for each in columns)
-        and len({len(each) for each in columns}) == 1,
-        f"answers: {file} must hold columns of whole numbers, with one entry for each sample",
+        layout.items() <= expected.items()
+        and len({len(each) for each in vars(predictions).values() if each is not None}) == 1
+        and predictions.top.shape == predictions.probability.shape,
+        f"answers: {file} must hold whole numbers, and probabilities, with one row for each sample",
     )
     return predictions

@@ -10,7 +10,8 @@
                                norm directly behind X (`spiking/binary.py`)
 
 The metadata contain the format, the version, the layout, the recipe's `model` as JSON, its
-`time_steps`, the folder and the hashes of the user's own code of the model (`code`, see
+`time_steps`, the names of its classes and how pictures become its input (`pretrained`, see
+data/pictures.py), the folder and the hashes of the user's own code of the model (`code`, see
 own_code.py), and the sha256 of the other metadata and the tensors.
 
 A packed network computes the same as the trained one up to rounding, because folding changes the
@@ -38,6 +39,7 @@ from pipeline.core.files import write_whole
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.tensor_file import describe_mismatch
 from pipeline.core.units import counted
+from pipeline.data.pictures import Pretrained
 from pipeline.recipe import own_code
 from pipeline.recipe.json import decode, encode, targets
 from pipeline.recipe.recipe import TRUSTED, Recipe, Spec
@@ -51,10 +53,10 @@ from pipeline.spiking.binary import (
 )
 from pipeline.spiking.encode import to_time_first
 from pipeline.train.tasks import tasks_of
-from pipeline.train.weights import load_run
+from pipeline.train.weights import load_run, pretrained
 
 FORMAT = "spiketrain"
-VERSION = "1"
+VERSION = "2"
 
 Layout = Literal["plain", "packed"]
 
@@ -138,6 +140,7 @@ def export_run(
         "layout": layout,
         "model": json.dumps(model),
         "time_steps": str(recipe.time_steps),
+        "pretrained": json.dumps(pretrained(folder, recipe).to_json()),
         **({"code": json.dumps(own_code.describe_packages(own))} if own else {}),
     }
     write_whole(out, save(tensors, {**metadata, "sha256": _digest(metadata, tensors)}))
@@ -159,6 +162,48 @@ def is_export(file: Path) -> bool:
         return False
 
 
+def read_export(file: Path, *, trust: Collection[str] = ()) -> tuple[Spec, Pretrained]:
+    """The model of an export, and what it expects. Its tensors are not read.
+
+    Raises: ValueError as `load_export`, except for damage.
+    """
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata() or {}
+    _check_header(file, metadata)
+    return _decoded(file, metadata, trust)
+
+
+def _check_header(file: Path, metadata: Mapping[str, str]) -> None:
+    header = {key: metadata.get(key) for key in ("format", "version", "layout")}
+    require(
+        header["format"] == FORMAT
+        and header["version"] == VERSION
+        and header["layout"] in ("plain", "packed"),
+        f"{file}: must be a file of spiketrain export, of version {VERSION} and layout 'plain' or"
+        f" 'packed'; got {', '.join(f'{key} {value!r}' for key, value in header.items())}",
+    )
+
+
+def _decoded(
+    file: Path, metadata: Mapping[str, str], trust: Collection[str]
+) -> tuple[Spec, Pretrained]:
+    trusted = (*TRUSTED, *trust)
+    try:
+        code = (
+            own_code.packages(json.loads(metadata.get("code", "{}")), subject="code")
+            if trust
+            else {}
+        )
+        with own_code.importable(code, trust, owner=file.name):
+            return decode(json.loads(metadata["model"]), trusted), Pretrained.from_json(
+                json.loads(metadata["pretrained"]),
+                time_steps=int(metadata["time_steps"]),
+                trusted=trusted,
+            )
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
 def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str] = ()) -> nn.Module:
     """Load the network of a file that `export_run` wrote. Returns it in evaluation mode. The 1-bit
     weights of a packed network become floats.
@@ -178,31 +223,19 @@ def load_export(file: Path, *, model: Spec | None = None, trust: Collection[str]
         raise ValueError(
             f"{file}: must be a whole file of spiketrain export; it could not be read: {error}"
         ) from error
-    header = {key: metadata.get(key) for key in ("format", "version", "layout")}
-    require(
-        header["format"] == FORMAT
-        and header["version"] == VERSION
-        and header["layout"] in ("plain", "packed"),
-        f"{file}: must be a file of spiketrain export, of version {VERSION} and layout 'plain' or"
-        f" 'packed'; got {', '.join(f'{key} {value!r}' for key, value in header.items())}",
-    )
+    _check_header(file, metadata)
     require(
         metadata.pop("sha256", None) == _digest(metadata, tensors),
         f"{file}: is damaged; its tensors or metadata differ from what was written",
     )
+    written_model, pretrained = _decoded(file, metadata, trust)
     try:
-        code = (
-            own_code.packages(json.loads(metadata.get("code", "{}")), subject="code")
-            if trust
-            else {}
-        )
-        with own_code.importable(code, trust, owner=file.name):
-            written_model: Spec = decode(json.loads(metadata["model"]), (*TRUSTED, *trust))
         if model is not None and model != written_model:
             raise ValueError(
                 f"the file must contain {model.label}; it contains {written_model.label}"
             )
         network: nn.Module = written_model.build()
+        network.pretrained = pretrained  # type: ignore[assignment]
         if metadata["layout"] == "packed":
             tensors = unpack(network, tensors)
         mismatch = describe_mismatch(tensors, network.state_dict())
@@ -227,6 +260,9 @@ def load(
         network = pipeline.load("runs/fashion-sltt")
         with torch.no_grad(), fresh_state(network):
             logits_BK = network(repeat(x_BCHW, 6)).mean(0)
+
+    `network.pretrained` has the number of `time_steps`, the `class_names` of the data set, and, if
+    the data were pictures in files, the `transform` from files of pictures to `x_BCHW`.
 
     A network with a head for each task uses the first head until
     `models.transforms.select_head` selects another.

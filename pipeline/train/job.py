@@ -43,6 +43,9 @@ class Job:
     # the token that lets the workers write to this store (checkpoint/store.py); "": none, because
     # the lock of the run's folder protects a store in this folder
     store_token: str = ""
+    class_names: tuple[str, ...] = ()  # (): the data set has no names, or the run has phases
+    # how the pictures of the data set were stored (`Manifest.options`); None: it is of another kind
+    picture_options: dict[str, Any] | None = None
     own_cores: bool = False  # whether each worker on a CPU reserves cores (core/cpu_affinity.py)
 
 

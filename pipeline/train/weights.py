@@ -14,6 +14,7 @@ from pipeline.core.checks import require
 from pipeline.core.files import write_whole
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.tensor_file import describe_mismatch, read_state
+from pipeline.data.pictures import Pretrained, Transform
 from pipeline.models.qkformer import QKFormer, is_published, to_our_names
 from pipeline.recipe.recipe import Recipe, read_json
 from pipeline.recipe.spec import Spec, is_path
@@ -33,11 +34,25 @@ def load_run(
         file.is_file(),
         f"load: {folder} must be a run's folder, with a {file.name}; it has none",
     )
-    network: nn.Module = Recipe.read(file, trust=trust).model.build()
+    recipe = Recipe.read(file, trust=trust)
+    network: nn.Module = recipe.model.build()
     network.load_state_dict(
         read_state(verified_checkpoint(store_of(folder), which) / WEIGHTS, subject="load")
     )
+    network.pretrained = pretrained(folder, recipe)  # type: ignore[assignment]
     return network.eval()
+
+
+def pretrained(run: Path, recipe: Recipe) -> Pretrained:
+    """What the networks of a run expect, from its job.json and its recipe."""
+    file = RunFolder(run).job
+    job = read_json(file) if file.exists() else {}
+    options = job.get("picture_options")
+    return Pretrained(
+        recipe.time_steps,
+        tuple(job.get("class_names", ())),
+        None if options is None else Transform(recipe.data, options),
+    )
 
 
 def load_weights(network: nn.Module, file: Path) -> nn.Module:

@@ -200,7 +200,8 @@ def write_run(
     answers = Predictions(
         index=index,
         target=np.zeros_like(index),
-        answer=np.asarray(index >= first + right, np.int64),
+        top=np.asarray(index >= first + right, np.int64)[:, None],
+        probability=np.ones((len(index), 1), np.float32),
     )
     write_json(folder / "recipe.json", small_recipe(data=data).to_json())
     write_predictions(folder / "answers.npz", [[answers]], has_task_column=False)

@@ -104,7 +104,10 @@ def test_the_report_of_made_up_runs(recipes: dict[str, Recipe], tmp_path: Path) 
         target = np.arange(scenes) % 13
         right[name] = draw.random(scenes) < (0.5 if "1-bit-multiple-teacher" in name else 0.2)
         answers = Predictions(
-            index=np.arange(scenes), target=target, answer=np.where(right[name], target, target + 1)
+            index=np.arange(scenes),
+            target=target,
+            top=np.where(right[name], target, target + 1)[:, None],
+            probability=np.ones((scenes, 1), np.float32),
         )
         write_predictions(run / "answers.npz", [[answers]], has_task_column=False)
         made = {

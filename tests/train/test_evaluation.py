@@ -60,7 +60,11 @@ def network() -> nn.Module:
 def test_top_5_is_measured_of_six_classes_or_more(classes: int, measured: bool) -> None:
     model, x_TBI = nn.Sequential(Linear(I, classes)), torch.rand(T, 12, I)
     target_B = torch.arange(12) % classes
-    result = evaluate(model, [(x_TBI, target_B, torch.arange(12))], CrossEntropy()).result
+    result, found, *_ = evaluate(model, [(x_TBI, target_B, torch.arange(12))], CrossEntropy())
+    probability_BK = model(x_TBI).detach().mean(0).softmax(-1)
+    ranked_BK = probability_BK.argsort(-1, descending=True)[:, :5]
+    assert np.array_equal(found.top, ranked_BK)
+    np.testing.assert_allclose(found.probability, probability_BK.gather(1, ranked_BK), rtol=1e-5)
     assert (result.top5 is not None) == measured
     assert list(result.metrics) == ["top1", *["top5"] * measured, "loss", "firing_rate"]
 
@@ -99,8 +103,8 @@ def test_counting_adds_nothing_to_what_is_evaluated() -> None:
 
 
 def columns(found: Predictions) -> dict[str, list[int] | None]:
-    parts = vars(found)
-    assert all(part is None or part.dtype == np.int64 for part in parts.values())
+    assert (found.probability[:, :-1] >= found.probability[:, 1:]).all()
+    parts = {name: getattr(found, name) for name in ("index", "target", "answer", "task")}
     return {name: None if part is None else part.tolist() for name, part in parts.items()}
 
 
@@ -125,7 +129,12 @@ def asked(network: nn.Module, data: Data, steps: int) -> dict[str, list[int]]:
 
 def share(*rows: tuple[int, int, int]) -> Predictions:
     index, target, answer = np.array(rows, np.int64).reshape(-1, 3).T
-    return Predictions(index=index, target=target, answer=answer)
+    return Predictions(
+        index=index,
+        target=target,
+        top=answer[:, None],
+        probability=np.ones((len(index), 1), np.float32),
+    )
 
 
 SHARES = [[share((4, 1, 1), (0, 2, 0))], [share()], [share((3, 0, 0))]]
@@ -164,9 +173,10 @@ def test_what_is_no_file_of_answers_is_refused_in_one_line(tmp_path: Path) -> No
         wanted = "must be the file that a run writes at its end, with .*; it could not be read: "
         with pytest.raises(ValueError, match=rf"^answers: .*{name}\.npz {wanted}"):
             read_predictions(tmp_path / f"{name}.npz")
-    for answer in ([1.0, 1.0], [True, False], [1], [[1], [1]]):
-        np.savez(tmp_path / "answers.npz", index=[0, 1], target=[1, 0], answer=answer)
-        with pytest.raises(ValueError, match=r"answers\.npz must hold columns of whole numbers"):
+    for top in ([[1.0], [1.0]], [[True], [False]], [[1]], [1, 1], [[1, 0], [0, 1]]):
+        shown = {"index": [0, 1], "target": [1, 0], "top": top}
+        np.savez(tmp_path / "answers.npz", **shown, probability=[[0.9], [0.8]])
+        with pytest.raises(ValueError, match=r"answers\.npz must hold whole numbers"):
             read_predictions(tmp_path / "answers.npz")
 
 

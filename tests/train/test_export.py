@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import pipeline
+from pipeline.data.pictures import Pretrained
 from pipeline.launch.prepare import write_job
 from pipeline.models.convnet import convnet
 from pipeline.models.ms_resnet import MSResNet
@@ -171,7 +172,7 @@ def test_a_byte_holds_eight_weights_and_the_file_says_so(runs: Path, tmp_path: P
     assert told.plain_bytes == whole and whole - stored == 4 * 1089 - (34 + 48 + 56)
     assert told.bit_parameters == 1089 and told.file.stat().st_size > stored
     metadata = metadata_of(told.file)
-    wanted = {"format": "spiketrain", "version": "1", "layout": "packed", "time_steps": "3"}
+    wanted = {"format": "spiketrain", "version": "2", "layout": "packed", "time_steps": "3"}
     assert metadata.items() >= wanted.items()
     assert json.loads(metadata["model"])["target"] == "pipeline.models.transforms.binarized"
     # The latent weights are not in it, not even their sizes.
@@ -224,11 +225,11 @@ RUNS = '{"target": "subprocess.run", "kwargs": {"args": "true"}}'
     [
         ({"model": RUNS}, {}, r"subprocess\.run is not in a trusted package"),
         (
-            {"version": "2"},
+            {"version": "1"},
             {},
-            "must be a file of spiketrain export, of version 1 .*; got .* version '2', layout",
+            "must be a file of spiketrain export, of version 2 .*; got .* version '1', layout",
         ),
-        ({"layout": "sparse"}, {}, "got format .*, version '1', layout 'sparse'"),
+        ({"layout": "sparse"}, {}, "got format .*, version '2', layout 'sparse'"),
         ({"format": "other"}, {}, "must be a file of .*; got format 'other', version"),
         ({}, {f"{CONV}.bits": None}, NO_BITS),
         ({}, {f"{CONV}.bits": torch.zeros(3, dtype=torch.uint8)}, NO_BITS),
@@ -346,8 +347,9 @@ def test_a_network_of_ones_own_is_evaluated_from_its_recipe_and_an_export(
     for name, words in (("of_the_lab", trust), ("of_itself", ())):
         [made] = recipes_of(tmp_path / f"{name}.py")
         tensors = made.model.build().state_dict()
-        told = {"format": "spiketrain", "version": "1", "layout": "plain", "time_steps": "3"}
+        told = {"format": "spiketrain", "version": "2", "layout": "plain", "time_steps": "3"}
         told["model"] = json.dumps(encode(made.model, paths=True))
+        told["pretrained"] = json.dumps(Pretrained(3, (), None).to_json())
         file = tmp_path / f"{name}.safetensors"
         save_file(tensors, file, {**told, "sha256": _digest(told, tensors)})
         said = done("evaluate", tmp_path / f"{name}.py", "--weights", file, *words)

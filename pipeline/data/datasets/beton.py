@@ -98,6 +98,11 @@ class Beton(FileData):
         self.reach = 4 if reach is None else reach
         self._has_levels = False
 
+    @property
+    def picture_options(self) -> dict[str, Any]:
+        """How the pictures were stored: `Manifest.options`. Raises: DataError as `fingerprint`."""
+        return self._manifest("train").options
+
     def with_levels(self) -> Self:
         data = copy.copy(self)
         data._has_levels = not self.erase

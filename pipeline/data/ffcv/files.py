@@ -61,6 +61,11 @@ class FileData(OrderedData):
         contents = f"{self._manifest('train').content} {self._manifest('val').content}"
         return hashlib.sha256(contents.encode()).hexdigest()
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Raises: DataError as `fingerprint`."""
+        return tuple(self._manifest("train").classes)
+
     def check(self) -> None:
         """See base.Data. With `held_out` above 0, val.beton is not read, only its manifest."""
         check_file(self._path("train"))

@@ -1,0 +1,204 @@
+"""`spiketrain finetune`: train a network further, on another data set of pictures.
+
+    recipe = finetuning(read_start("runs/imagenet-sltt"), Path("data/birds"))
+
+The head is new unless the data has the same number of classes as before.
+"""
+
+import base64
+import inspect
+import io
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from timm.optim import create_optimizer_v2
+
+from pipeline.core.checks import require
+from pipeline.core.files import write_whole
+from pipeline.core.run_folder import RunFolder
+from pipeline.data.datasets.beton import IMAGENET_MEAN, IMAGENET_STD, Beton
+from pipeline.data.ffcv import manifest as manifests
+from pipeline.data.ffcv.format import JPG, read_tables
+from pipeline.models.transforms import frozen
+from pipeline.recipe.recipe import Evaluation, Recipe, Spec, spec
+from pipeline.rules import bptt, ottt, sltt
+from pipeline.train.evaluation import read_predictions
+from pipeline.train.export import is_export, read_export
+from pipeline.train.objective import CrossEntropy
+from pipeline.train.schedule import cosine
+
+RULES: dict[str, Spec] = {
+    "sltt": spec(sltt.SLTT),
+    "sltt-1": spec(sltt.SLTT, k=1, rescale=True),
+    "ottt": spec(ottt.OTTT),
+    "bptt": spec(bptt.BPTT),
+}
+MISTAKES = 16  # pictures of a report
+THUMBNAIL = 160  # pixels of the longer side
+
+
+@dataclass(frozen=True)
+class Start:
+    """A trained network, from which another one starts."""
+
+    weights: Path  # a run's folder, or a file
+    model: Spec
+    time_steps: int
+    data: Spec | None  # a `Beton`; None: it was trained on other data
+
+
+def read_start(weights: Path, *, trust: tuple[str, ...] = ()) -> Start:
+    """The network of a run's folder or of an export.
+
+    Raises: ValueError if it is neither, or its code is not trusted.
+    """
+    if weights.is_dir():
+        recipe = Recipe.read(RunFolder(weights).recipe, trust=trust)
+        return Start(weights, recipe.model, recipe.time_steps, recipe.data)
+    require(
+        weights.is_file() and is_export(weights),
+        f"finetune: WEIGHTS must be a run or a file of spiketrain export; got {weights}",
+    )
+    model, pretrained = read_export(weights, trust=trust)
+    transform = pretrained.transform
+    return Start(weights, model, pretrained.time_steps, transform and transform.data)
+
+
+def finetuning(
+    start: Start,
+    folder: Path,
+    *,
+    rule: Literal["sltt", "sltt-1", "ottt", "bptt"] | None = None,
+    trains: Literal["all", "head"] = "all",
+    layer_decay: float | None = None,
+    lr: float = 1e-3,
+    epochs: int = 10,
+    batch_size: int = 32,
+    size: int | None = None,
+    name: str = "finetune",
+) -> tuple[Recipe, str]:
+    """The recipe that fine-tunes a network on the pictures in `folder/train.beton`.
+
+    Args:
+        rule: None: SLTT, or BPTT if SLTT cannot train the network.
+        trains: "head" keeps all weights but those of the `classifier`.
+        layer_decay: each layer's learning rate is that of the next layer, times this factor.
+        size: pixels a side; None: those of the earlier data.
+
+    Returns the recipe, and the reason if the rule is not the usual one, or "".
+
+    Raises: ValueError if the network or the options do not fit.
+    """
+    class_names = manifests.read(folder / "train.beton").classes
+    model = _with_classes(start.model, len(class_names))
+    earlier = start.data.kwargs if start.data is not None and start.data.target is Beton else {}
+    require(
+        size is not None or "size" in earlier,
+        "finetune: the network was not trained on pictures in files, so --size must be given",
+    )
+    channels = earlier.get("channels", 3)
+    grey = {"mean": (0.5,), "std": (0.5,)}
+    usual = grey if channels == 1 else {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    recipe = Recipe(
+        name=name,
+        family=name,
+        model=model if trains == "all" else spec(frozen, network=model),
+        rule=RULES[rule or "sltt"],
+        data=spec(
+            Beton,
+            folder=str(folder),
+            classes=len(class_names),
+            channels=channels,
+            size=size or earlier["size"],
+            mean=earlier.get("mean", usual["mean"]),
+            std=earlier.get("std", usual["std"]),
+        ),
+        objective=spec(CrossEntropy, label_smoothing=0.1),
+        optimizer=spec(
+            create_optimizer_v2, opt="adamw", lr=lr, weight_decay=0.05, layer_decay=layer_decay
+        ),
+        schedule=spec(cosine, warmup=0.1),
+        time_steps=start.time_steps,
+        batch_size=batch_size,
+        epochs=epochs,
+        init=str(start.weights),
+        evaluation=Evaluation(every=0),
+    )
+    if rule is not None:
+        return recipe, ""
+    try:
+        RULES["sltt"].build().attach(model.build())
+    except ValueError as error:
+        return replace(recipe, rule=RULES["bptt"]), f"trained by BPTT, because {error}"
+    return recipe, ""
+
+
+def _with_classes(part: Spec, classes: int) -> Spec:
+    """The model with another number of classes, also in the networks inside it."""
+    inner = {
+        key: _with_classes(value, classes)
+        for key, value in part.kwargs.items()
+        if isinstance(value, Spec) and _takes_classes(value)
+    }
+    names = {"classes", "num_classes"} & inspect.signature(part.target).parameters.keys()
+    require(
+        names or inner,
+        f"finetune: the model must have an argument `classes` or `num_classes`; {part.label} has"
+        " none",
+    )
+    return part.with_(**inner, **dict.fromkeys(names, classes))
+
+
+def _takes_classes(part: Spec) -> bool:
+    """Whether the part, or a part inside it, has an argument for the number of classes."""
+    return bool(
+        {"classes", "num_classes"} & inspect.signature(part.target).parameters.keys()
+    ) or any(_takes_classes(value) for value in part.kwargs.values() if isinstance(value, Spec))
+
+
+def write_mistakes(run: Path, folder: Path) -> dict[str, Any]:
+    """Write the confusion of a finished run and its worst mistakes to the run's folder.
+
+    A mistake is worse if the network gave its wrong answer a higher probability.
+
+    Args:
+        folder: of the run's data.
+
+    Returns the content of the file.
+    """
+    found = read_predictions(RunFolder(run).predictions)
+    path = folder / "val.beton"
+    names = manifests.read(path).classes
+    confusion = np.zeros((len(names), len(names)), np.int64)
+    np.add.at(confusion, (found.target, found.answer), 1)
+    wrong = np.flatnonzero(~found.is_correct)
+    worst = wrong[np.argsort(-found.probability[wrong, 0], kind="stable")][:MISTAKES]
+    tables, stored = read_tables(path), np.memmap(path, np.uint8, "r")
+    mistakes = []
+    for row in worst:
+        number = found.index[row]
+        record, start = tables.records[number], tables.addresses[number]
+        content = stored[start : start + tables.sizes[number]].tobytes()
+        if record["mode"] == JPG:
+            picture = Image.open(io.BytesIO(content))
+        else:
+            size = (int(record["width"]), int(record["height"]))
+            picture = Image.frombytes("RGB", size, content)
+        picture.thumbnail((THUMBNAIL, THUMBNAIL))
+        buffer = io.BytesIO()
+        picture.convert("RGB").save(buffer, "JPEG", quality=85)
+        mistakes.append(
+            {
+                "picture": f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}",
+                "class": names[found.target[row]],
+                "answer": names[found.answer[row]],
+                "probability": float(found.probability[row, 0]),
+            }
+        )
+    content = {"class_names": names, "confusion": confusion.tolist(), "mistakes": mistakes}
+    write_whole(RunFolder(run).mistakes, json.dumps(content).encode())
+    return content
