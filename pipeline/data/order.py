@@ -146,7 +146,7 @@ class ValOrder:
 class OrderedData:
     """Base class of data sets (base.Data) that are read in a TrainOrder and a ValOrder."""
 
-    _error_prefix: str
+    _error_prefix = "data"
     repeats: int  # views of each sample in a training batch
     held_out: float = 0.0  # the share of the training set that replaces the evaluation set
     # only samples with these labels are read; None: all
@@ -158,10 +158,6 @@ class OrderedData:
     _loader: Callable[..., Any]
 
     def _hold_out(self, share: float) -> None:
-        """Set `held_out`.
-
-        Raises: DataError if `share` is not a number in 0..1, 1 excluded.
-        """
         require_data(
             isinstance(share, (int, float)) and 0 <= share < 1,
             f"{self._error_prefix}: held_out must be a share in 0..1, 1 excluded; got {share!r}",

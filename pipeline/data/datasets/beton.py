@@ -7,8 +7,7 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from pipeline.core.errors import require_data
-from pipeline.data.ffcv.files import FileData, check_view_options
-from pipeline.data.order import Part
+from pipeline.data.ffcv.files import FileData, Part, check_view_options
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 VAL_RATIO = 224 / 256  # of the shorter side, as if it were resized to 256 and then cropped to 224

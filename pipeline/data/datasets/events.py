@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.core.errors import DataError, require_data
-from pipeline.data.ffcv.files import FileData, check_view_options
+from pipeline.data.ffcv.files import FileData, Part, check_view_options
 from pipeline.data.ffcv.format import Arrays, read_tables
-from pipeline.data.order import Part
 
 # T time, B batch, C polarities, H W pixels
 

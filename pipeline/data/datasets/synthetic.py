@@ -45,8 +45,6 @@ class Synthetic(OrderedData):
         DataError: an option is out of range.
     """
 
-    _error_prefix = "Synthetic"
-
     def __init__(
         self,
         samples: int = 512,
