@@ -49,7 +49,7 @@ from pipeline.spiking.encode import is_static, repeat
 from pipeline.spiking.neuron import LIF, PLIF, named_neurons
 from pipeline.spiking.norm import BatchNorm, is_foreign_norm
 from pipeline.spiking.rate import WeightedRates
-from pipeline.spiking.state import fresh_state, set_temporarily
+from pipeline.spiking.state import copies_without_graph, fresh_state, set_temporarily
 from pipeline.spiking.synapse import is_inside
 
 # T time, B batch, C channels, N other dimensions
@@ -217,13 +217,8 @@ def _in_float64(_: nn.Module, __: Any, output: Any) -> Any:
 
 
 def _copy(network: nn.Module, training: bool | None = None) -> nn.Module:
-    """A copy, also of a network that keeps tensors with a graph, which `deepcopy` refuses.
-
-    In training mode it has no dropout.
-    """
-    kept = tree_leaves([list(vars(module).values()) for module in network.modules()])
-    with_graph = [x for x in kept if isinstance(x, Tensor) and x.grad_fn is not None]
-    network = copy.deepcopy(network, {id(x): x.detach().clone() for x in with_graph})
+    """A copy, without dropout in training mode."""
+    network = copy.deepcopy(network, copies_without_graph(network))
     if training is not None:
         network.train(training)
         for module in network.modules():
