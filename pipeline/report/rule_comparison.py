@@ -97,6 +97,7 @@ def compare(
 
     Rules are tried on copies of the network in training mode. Neither `network` nor the state of
     torch's random generators changes. As in a run, the process keeps freed memory from now on.
+    Times depend on the process's threads (`torch.set_num_threads`); a run's worker on a CPU has 1.
 
     Args:
         network: maps `[T, B, ...]` to logits `[T, B, K]`. It is on the device of `x` and `y`.

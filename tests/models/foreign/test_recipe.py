@@ -34,10 +34,10 @@ def test_it_trains_is_killed_and_goes_on(
     """With DeepSpeed, which refuses parameters without dimensions."""
     recipe = small_recipe(
         model=spec(wrap, network=spec(build), norm="step"),
-        data=small_recipe().data.with_(classes=CLASSES, shape=shape),
+        data=small_recipe().data.with_(classes=CLASSES, shape=shape, val_samples=4),
         rule=rule,
         backend="deepspeed",
-        stop_after=8,
+        stop_after=6,
     )
     whole, broken = goes_on(tmp_path, recipe, trust=("tests",))
     assert broken["loss"] == whole["loss"]
