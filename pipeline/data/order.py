@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from pipeline.core.errors import require_data
 from pipeline.core.random import HELD_OUT, ORDER, bits
 from pipeline.core.units import counted
+
+Part = Literal["train", "val"]  # the training or the evaluation set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,13 +146,23 @@ class ValOrder:
 class OrderedData:
     """Base class of data sets (base.Data) that are read in a TrainOrder and a ValOrder."""
 
+    _error_prefix = "data"
     repeats: int  # views of each sample in a training batch
+    held_out: float = 0.0  # the share of the training set that replaces the evaluation set
     # only samples with these labels are read; None: all
     used_classes: tuple[int, ...] | None = None
-    # called with "train" or "val"; returns the ids of its used samples in ascending order
-    _ids: Callable[..., NDArray[np.int64]]
-    # called with "train" or "val", an order, seed= and threads=; returns the loader of one rank
+    # called with the set that has the samples; returns the number of its samples, or their labels
+    _samples: Callable[[Part], int]
+    _labels: Callable[[Part], NDArray[np.int64]]
+    # called with a part, an order, seed= and threads=; returns the loader of one rank
     _loader: Callable[..., Any]
+
+    def _hold_out(self, share: float) -> None:
+        require_data(
+            isinstance(share, (int, float)) and 0 <= share < 1,
+            f"{self._error_prefix}: held_out must be a share in 0..1, 1 excluded; got {share!r}",
+        )
+        self.held_out = share
 
     def with_classes(self, classes: tuple[int, ...]) -> Self:
         """The same sets without the samples of other classes; labels do not change."""
@@ -168,7 +180,7 @@ class OrderedData:
         micro_batch: int,
         threads: int = 1,
     ) -> Any:
-        ids = self._ids("train")
+        ids = self.ids("train")
         return self._loader(
             "train",
             TrainOrder(
@@ -193,13 +205,34 @@ class OrderedData:
         micro_batch: int,
         threads: int = 1,
     ) -> Any:
-        ids = self._ids("val")
+        ids = self.ids("val")
         return self._loader(
             "val",
             ValOrder(samples=len(ids), ids=ids, rank=rank, world=world, micro_batch=micro_batch),
             seed=0,
             threads=threads,
         )
+
+    def stored_part(self, part: Part) -> Part:
+        """The set that has the samples of `part`."""
+        return "train" if self.held_out else part
+
+    def ids(self, part: Part) -> NDArray[np.int64]:
+        """The ids of the used samples of `part`, in ascending order.
+
+        Raises: DataError if no sample has one of the used classes.
+        """
+        stored = self.stored_part(part)
+        samples = self._samples(stored)
+        ids = split_held_out(samples, self.held_out)[part] if self.held_out else np.arange(samples)
+        if self.used_classes is not None:
+            ids = ids[np.isin(self._labels(stored)[ids], self.used_classes)]
+            require_data(
+                len(ids),
+                f"{self._error_prefix}: {part} must have samples of the classes"
+                f" {self.used_classes}; got none",
+            )
+        return ids
 
 
 def permutation(samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -210,7 +243,7 @@ def permutation(samples: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.argsort(bits(seed, epoch, np.arange(samples), ORDER), kind="stable")
 
 
-def split_held_out(samples: int, share: float) -> dict[str, NDArray[np.int64]]:
+def split_held_out(samples: int, share: float) -> dict[Part, NDArray[np.int64]]:
     """Split the ids of a training set into "train" and "val", the same for every seed.
 
     "val" has the share `share`. Hyperparameters such as learning rates are chosen on it, never on

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pipeline.core.checks import require
 from pipeline.core.stages import say_stage
-from pipeline.core.units import counted
+from pipeline.core.units import counted, first_few
 from pipeline.forecast.bench import (
     RULES,
     BatchBench,
@@ -145,7 +145,7 @@ def advice(result: Measured) -> str:
         if cost.rule in compared.cosines and not is_baseline(cost.rule)
     ]
     if not others:
-        why = "; ".join(reasons.values()) or "no other rule was tried"
+        why = first_few([*reasons.values()], max_names=1) or "no other rule was tried"
         return f"There is no gradient to compare with BPTT's; {why}."
     if not compared.comparable:
         return f"{_UNKNOWN} in every layer, so there is nothing to compare gradients with."

@@ -54,7 +54,7 @@ from pipeline.spiking.encode import is_static, repeat
 from pipeline.spiking.neuron import LIF, PLIF, named_neurons
 from pipeline.spiking.norm import BatchNorm, is_foreign_norm
 from pipeline.spiking.rate import WeightedRates
-from pipeline.spiking.state import fresh_state, set_temporarily
+from pipeline.spiking.state import copies_without_graph, fresh_state, set_temporarily
 from pipeline.spiking.synapse import is_inside
 
 # T time, B batch, C channels, N other dimensions
@@ -220,12 +220,8 @@ def _inside(name: str, names: Iterable[str]) -> list[str]:
 
 
 def _copy(network: nn.Module, training: bool | None = None) -> nn.Module:
-    """A copy, also of a network that keeps tensors with a graph, which `deepcopy` refuses.
-
-    In training mode it has no dropout, and the vectors of spectral norms stay as they are.
-    """
-    kept = _floats([list(vars(module).values()) for module in network.modules()])
-    network = copy.deepcopy(network, {id(x): x.detach().clone() for x in kept if x.grad_fn})
+    """A copy. In training mode it has no dropout, and the vectors of spectral norms stay as they are."""
+    network = copy.deepcopy(network, copies_without_graph(network))
     if training is not None:
         network.train(training)
         for module in network.modules():

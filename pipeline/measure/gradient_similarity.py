@@ -43,7 +43,8 @@ def gradients(
 ) -> dict[str, Tensor]:
     """The gradient that `rule` computes for each layer's weight in a copy of `network`.
 
-    The layers are linear layers and convolutions, torch's included, in order of registration.
+    The layers are linear layers and convolutions, torch's included, in order of registration. A
+    layer with a frozen weight is left out.
 
     Dropout is off, because torch's dropout draws in the order of calls, which is layer by layer in
     BPTT and step by step in an online rule. All other random draws use equally seeded generators.
@@ -63,7 +64,7 @@ def gradients(
     weights = {
         name: module.weight
         for name, module in network.named_modules()
-        if isinstance(module, (nn.Linear, _ConvNd))
+        if isinstance(module, (nn.Linear, _ConvNd)) and module.weight.requires_grad
     }
     rule.attach(network, world=world, over_time=over_time)
     if rule_state is not None:
@@ -94,7 +95,6 @@ class Fidelity:
 
     temporal_share: dict[str, float]
     cosines: dict[str, dict[str, float]]  # by rule label
-    overall: dict[str, float]  # by rule label: the cosine of all layers' gradients as one vector
 
     @property
     def layers(self) -> list[str]:
@@ -110,7 +110,9 @@ class Fidelity:
     def lowest(self, label: str) -> tuple[str, float]:
         """The layer with a rule's lowest cosine, and the cosine; ("", NaN) without any cosine."""
         cosines = {
-            name: cosine for name, cosine in self.cosines[label].items() if not math.isnan(cosine)
+            name: cosine
+            for name, cosine in self.cosines.get(label, {}).items()
+            if not math.isnan(cosine)
         }
         return min(cosines.items(), key=lambda item: item[1]) if cosines else ("", math.nan)
 
@@ -135,16 +137,7 @@ def fidelity(
             }
             for label, draws in rules.items()
         },
-        {
-            label: statistics.fmean(_cosine(_joined(bptt), _joined(draw)) for draw in draws)
-            for label, draws in rules.items()
-            if bptt  # a network may have no such layer
-        },
     )
-
-
-def _joined(gradients: Gradients) -> Tensor:
-    return torch.cat([gradient.flatten() for gradient in gradients.values()])
 
 
 def _temporal_share(bptt: Tensor, sltt: Tensor) -> float:

@@ -176,7 +176,7 @@ def print_probe(probe: Probe, *, console: Console | None = None) -> None:
 
 
 def comparison_text(found: Comparison) -> str:
-    """The costs of each rule, its cosine with BPTT's gradient, and the advice, in 80 columns."""
+    """The costs of each rule, its cosines with BPTT's gradient, and the advice, in 80 columns."""
     gigabytes = (found.memory or 0) / 1e9
     note = (
         f"largest batch: estimated from the memory of two batches, for {gigabytes:.3g} GB, of which"
@@ -188,7 +188,7 @@ def comparison_text(found: Comparison) -> str:
         found.network,
         lambda cost: {
             "largest batch": f"{found.largest_batch[cost.rule]:,}" if found.largest_batch else "",
-            "cosine": _cosine_text(found.cosine(cost.rule)),
+            _LOWEST_COSINE: _lowest_cosine(found, cost),
         },
         [note] if found.largest_batch else [],
         console,
@@ -233,9 +233,13 @@ def _print_measured(
         ]
         _print_rows(console, layer_rows, title="cosine with BPTT's gradient")
     console.print()
+    rules: dict[str, list[str]] = {}  # by the reason why they cannot train the network
     for rule, reason in measured.refused.items():
-        prefix = "" if reason.startswith(rule) else f"{rule}: "
-        say(console, f"not in the tables: {prefix}{reason}")
+        rules.setdefault(reason.removeprefix(f"{rule}: "), []).append(rule)
+    if rules:
+        say(console, "not in the tables:")
+    for reason, refused in rules.items():
+        say(console, f"{', '.join(refused)}: {reason}", label="- ")
     for reason in measured.uncompared.values():
         say(console, f"not compared: {reason}")
     if fastest is not None:
@@ -254,8 +258,8 @@ def _print_measured(
     say(console, probe_advice(measured))
 
 
-def _lowest_cosine(probe: Probe, cost: Cost) -> str:
-    fidelity = probe.fidelity
+def _lowest_cosine(measured: Measured, cost: Cost) -> str:
+    fidelity = measured.fidelity
     if fidelity is None or cost.rule not in fidelity.cosines or is_baseline(cost.rule):
         return ""
     layer, cosine = fidelity.lowest(cost.rule)

@@ -27,7 +27,8 @@ from pipeline.recipe import BASELINE, Spec, spec
 from pipeline.rules.base import OverTime, Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.spiking.encode import frame_of, is_static, repeat
-from pipeline.spiking.state import fresh_state, states_of
+from pipeline.spiking.neuron import named_neurons
+from pipeline.spiking.state import copies_without_graph, fresh_state
 from pipeline.train.objective import CrossEntropy
 
 
@@ -36,22 +37,19 @@ class Comparison(Measured):
     """The costs and gradients of rules on one batch. `str` gives tables of 80 columns.
 
     `costs` has a row for each rule, also for `pandas.DataFrame(comparison.costs)`.
-    `fidelity.cosines[rule][layer]` are the cosines with BPTT's gradient.
+    `fidelity.cosines[rule][layer]` are the cosines with BPTT's gradient. `fidelity.lowest(rule)` is
+    the layer with the lowest cosine, and this cosine.
     """
 
     network: str
     memory: int | None
     largest_batch: Mapping[str, int]  # by rule; empty without `memory`
 
-    def cosine(self, rule: str) -> float:
-        """The cosine of a rule's gradient with BPTT's, of all layers together; NaN if unknown."""
-        return nan if self.fidelity is None else self.fidelity.overall.get(rule, nan)
-
     def __str__(self) -> str:
         return _import("pipeline.report.forecasts", "the table").comparison_text(self)
 
     def figure(self) -> Any:
-        """Each rule's bytes against its time, coloured by cosine, as a plotly figure.
+        """Each rule's bytes against its time, coloured by its lowest cosine, as a plotly figure.
 
         The bytes are those saved for backward, of states and of the rule.
 
@@ -65,12 +63,15 @@ class Comparison(Measured):
             mode="markers+text",
             textposition="top center",
             marker={
-                "color": [self.cosine(cost.rule) for cost in self.costs],
+                "color": [
+                    nan if self.fidelity is None else self.fidelity.lowest(cost.rule)[1]
+                    for cost in self.costs
+                ],
                 "cmin": 0,
                 "cmax": 1,
                 "size": 12,
                 "showscale": True,
-                "colorbar": {"title": "cosine with BPTT's gradient"},
+                "colorbar": {"title": "lowest cosine of a layer"},
             },
         )
         return plotly.Figure(points).update_layout(
@@ -96,11 +97,12 @@ def compare(
 
     Rules are tried on copies of the network in training mode. Neither `network` nor the state of
     torch's random generators changes. As in a run, the process keeps freed memory from now on.
+    Times depend on the process's threads (`torch.set_num_threads`); a run's worker on a CPU has 1.
 
     Args:
         network: maps `[T, B, ...]` to logits `[T, B, K]`. It is on the device of `x` and `y`.
         x: the input `[T, B, ...]`, or with `steps` one frame `[B, ...]`.
-        y: the targets; without `loss`, classes `[B]`.
+        y: the targets; without `loss`, classes 0..K-1 as int64 `[B]`.
         steps: the number of time steps at which the frame is repeated.
         rules: rules that are not attached; None: those of `pipeline.rules`. BPTT is always added.
         loss: maps logits `[B, K]` and `y` to the mean over the batch; None: cross entropy.
@@ -113,6 +115,11 @@ def compare(
     """
     refuse_unless_counts("compare", {"rounds": rounds, "memory": 1 if memory is None else memory})
     refuse_unless_one_of("compare", ("steps", "mean"), over_time=over_time)
+    require(
+        isinstance(x, Tensor) and isinstance(y, Tensor) and min(x.dim(), y.dim()) >= 1,
+        f"compare: x and y must be tensors with an axis B; got {type(x).__name__} and"
+        f" {type(y).__name__}",
+    )
     x_TB = x if steps is None else repeat(x, steps)
     require(
         x_TB.dim() >= 3 and x_TB.shape[1] == len(y) >= (1 if memory is None else 2),
@@ -128,7 +135,13 @@ def compare(
     )
     keep_freed_memory()  # as in a run, whose times it shortens
     with torch.enable_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
-        copied, largest = _copy(network, x_TB), {}
+        (copied, classes), largest = _copy(network, x_TB), {}
+        require(
+            loss is not None
+            or (y.dtype == torch.int64 and y.dim() == 1 and 0 <= y.min() <= y.max() < classes),
+            f"compare: without loss, y must be classes 0..{classes - 1} as int64 [B]; got"
+            f" {y.dtype} {[*y.shape]} from {y.min()} to {y.max()}",
+        )
         bench = _bench(copied, x_TB, y, criterion, over_time)
         measured = measure("compare", bench, labelled, rounds)
         if memory is not None:
@@ -147,33 +160,48 @@ def compare(
 def _by_label(rules: Sequence[Rule] | None) -> dict[str, Spec]:
     if rules is None:
         return {rule.build().label: rule for rule in RULES}
-    labels = [getattr(rule, "label", repr(rule)) for rule in rules]
     require(
-        len({*labels}) == len(labels) and all(isinstance(rule, Rule) for rule in rules),
-        "compare: rules must be rules with different labels, such as SLTT(), SLTT(k=1); got"
-        f" {', '.join(labels)}",
+        isinstance(rules, Sequence)
+        and all(isinstance(rule, Rule) for rule in rules)
+        and len({rule.label for rule in rules}) == len(rules),
+        "compare: rules must be a list of rules with different labels, such as [SLTT(), SLTT(k=1)];"
+        f" got {' '.join(repr(rules).split())}",
     )
     return {BASELINE: spec(BPTT)} | {rule.label: spec(copy.deepcopy, x=rule) for rule in rules}
 
 
-def _copy(network: nn.Module, x_TB: Tensor) -> nn.Module:
-    """A copy in training mode, without gradients. One forward pass checks another copy."""
+def _copy(network: nn.Module, x_TB: Tensor) -> tuple[nn.Module, int]:
+    """A copy in training mode, without gradients, and the number of its outputs.
+
+    One forward pass checks another copy.
+    """
     require(
         getattr(network, "attached_rule", None) is None,
         "compare: the network must not be attached to a rule; release it from"
         f" {getattr(network, 'attached_rule', None)}",
     )
     require(
-        states_of(network),
+        named_neurons(network),
         "compare: the network must have neurons of pipeline.spiking; got none in"
         f" {type(network).__name__}: wrap(network) makes them from those of SpikingJelly, snnTorch"
         " or norse",
     )
-    copied = copy.deepcopy(network).train()
+    require(
+        any(parameter.requires_grad for parameter in network.parameters()),
+        "compare: the network must have a parameter with requires_grad; all of"
+        f" {type(network).__name__} are frozen",
+    )
+    copied = copy.deepcopy(network, copies_without_graph(network)).train()
     copied.zero_grad()
     tried = copy.deepcopy(copied)
-    with torch.no_grad(), fresh_state(tried):
-        logits_TBK = tried(x_TB)
+    try:
+        with torch.no_grad(), fresh_state(tried):
+            logits_TBK = tried(x_TB)
+    except (RuntimeError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"compare: the network must take x as {x_TB.dtype} {[*x_TB.shape]}; got"
+            f" {type(error).__name__}: {error}".partition("\n")[0]
+        ) from error
     shape = getattr(logits_TBK, "shape", ())
     require(
         len(shape) == 3 and shape[:2] == x_TB.shape[:2],
@@ -181,7 +209,7 @@ def _copy(network: nn.Module, x_TB: Tensor) -> nn.Module:
         f" {f'shape {tuple(shape)}' if shape else type(logits_TBK).__name__} for x"
         f" {tuple(x_TB.shape)}",
     )
-    return copied
+    return copied, logits_TBK.shape[2]
 
 
 def _bench(

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from pipeline.core.checks import require
@@ -114,6 +115,16 @@ def states_of(model: nn.Module) -> list[State]:
             if isinstance(state, State):
                 states[id(state)] = state
     return list(states.values())
+
+
+def copies_without_graph(model: nn.Module) -> dict[int, Any]:
+    """For `deepcopy`, by id: copies of the tensors with a graph that modules keep, such as recorded
+    spikes. Without these copies it would refuse the model.
+    """
+    kept = tree_leaves([list(vars(module).values()) for module in model.modules()])
+    return {
+        id(x): x.detach().clone() for x in kept if isinstance(x, Tensor) and x.grad_fn is not None
+    }
 
 
 def state_bytes(model: nn.Module, *, excluded: Container[int] = ()) -> int:

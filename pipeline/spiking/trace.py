@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from pipeline.core.checks import require
+from pipeline.core.units import first_few
 from pipeline.spiking.neuron import learnt_decays, named_neurons
 from pipeline.spiking.norm import BatchNorm, is_foreign_norm
 from pipeline.spiking.state import State, temporary_hooks
@@ -100,7 +101,7 @@ def traceable_synapses(error_prefix: str, model: nn.Module) -> dict[str, Linear 
 def refuse_batch_norm(error_prefix: str, model: nn.Module) -> None:
     """Refuse batch norm: a normalised current is not a sum over past inputs, so it has no trace.
 
-    Raises: ValueError, which starts with `error_prefix` and names every batch norm of `model`.
+    Raises: ValueError, which starts with `error_prefix` and names the first batch norms of `model`.
     """
     names = [
         name or "the model itself"
@@ -110,7 +111,7 @@ def refuse_batch_norm(error_prefix: str, model: nn.Module) -> None:
     require(
         not names,
         f"{error_prefix}: a trace cannot pass batch norm; standardise the weights instead"
-        f" (weights='standardized'); got batch norm at {', '.join(names)}",
+        f" (weights='standardized'); got batch norm at {first_few(names, max_names=3)}",
     )
 
 

@@ -74,7 +74,7 @@ def file(tmp_path: Path) -> str:
 def test_probe(file: str, done: Done) -> None:
     out = done("probe", file, "--batch", "4")
     assert "measured on one batch of 4 samples, T = 3, before training" in out
-    assert "temporal share" in out and "not in the tables: DSR" in out
+    assert "temporal share" in out and "not in the tables:\n- DSR: every" in out
     found = json.loads(done("probe", file, "--format", "json"))
     assert {cost["rule"] for cost in found["costs"]} >= {"BPTT", "SLTT"} and found["advice"]
 

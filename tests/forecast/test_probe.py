@@ -279,7 +279,7 @@ def probed(**rules: tuple[float, float, dict[str, float]]) -> Probe:
         costs=tuple(costs),
         rounds={cost.rule: (cost.compute_s,) * 3 for cost in costs},
         teacher=None,
-        fidelity=Fidelity({}, {name: layers for name, (*_, layers) in rules.items() if layers}, {}),
+        fidelity=Fidelity({}, {name: layers for name, (*_, layers) in rules.items() if layers}),
         refused={},
         uncompared={},
         hardware={"cpu": "a cpu", "gpu": "none", "threads": 1},

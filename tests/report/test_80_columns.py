@@ -109,7 +109,7 @@ def a_probe(console: Console | None) -> None:
         teacher=TeacherCost(
             teacher="caformer_b36.sail_in22k_ft_in1k", bytes=395_000_000, seconds=0.31
         ),
-        fidelity=Fidelity(dict.fromkeys(LAYERS, 0.15), cosines, {}),
+        fidelity=Fidelity(dict.fromkeys(LAYERS, 0.15), cosines),
         refused={
             "DSR": (
                 "DSR: every neuron must be a RateIF or RateLIF; got LIF at"

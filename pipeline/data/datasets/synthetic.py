@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pipeline.core.errors import require_data
 from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, below, bits, uniform
 from pipeline.data.base import Batch
-from pipeline.data.order import OrderedData, TrainOrder, ValOrder
+from pipeline.data.order import OrderedData, Part, TrainOrder, ValOrder
 
 _PATTERN, _NOISE, _CONTRAST, _FIELD_A, _FIELD_B = 64, 65, 66, 67, 68  # draws, see random.py
 _FIELDS = 61  # noise fields; a sample adds two of them, so there are 61 x 61 combinations
@@ -84,13 +84,11 @@ class Synthetic(OrderedData):
     def check(self) -> None:
         """Do nothing: there is no file."""
 
-    def _ids(self, part: Literal["train", "val"]) -> NDArray[np.int64]:
-        ids = np.arange(self.samples if part == "train" else self.val_samples)
-        return (
-            ids
-            if self.used_classes is None
-            else ids[np.isin(ids % self.classes, self.used_classes)]
-        )
+    def _samples(self, part: Part) -> int:
+        return self.samples if part == "train" else self.val_samples
+
+    def _labels(self, part: Part) -> NDArray[np.int64]:
+        return np.arange(self._samples(part)) % self.classes
 
     def _loader(
         self, part: str, order: TrainOrder | ValOrder, *, seed: int, threads: int

@@ -17,7 +17,7 @@ import signal
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,15 +25,14 @@ from numpy.typing import NDArray
 from torch import Tensor, multiprocessing
 from torch.utils.data import DataLoader, IterableDataset
 
+from pipeline.core.checks import is_count
 from pipeline.core.errors import require_data
 from pipeline.core.random import ITEM, counter_hash
 from pipeline.data.base import Batch, DataError, LoaderError
-from pipeline.data.order import OrderedData, TrainOrder, ValOrder, split_held_out
+from pipeline.data.order import OrderedData, Part, TrainOrder, ValOrder
 from pipeline.recipe.spec import Spec
 
 HASHED = 64  # items of each set that the fingerprint covers, evenly spread
-
-Part = Literal["train", "val"]
 
 
 def from_dataset(
@@ -68,7 +67,8 @@ def from_dataset(
             items keep the transforms of the training set.
 
     Raises:
-        DataError: `held_out` is negative, or 1 or more.
+        DataError: `train` or `val` is no spec, `classes` no whole number from 1 on, or `held_out`
+            no share below 1.
     """
     return TorchData(train, val, classes, shape, held_out)
 
@@ -78,6 +78,7 @@ class TorchData(OrderedData):
     map-style or has no items, or if one of its items cannot be read or has another form.
     """
 
+    _error_prefix = "from_dataset"
     repeats = 1
 
     def __init__(
@@ -88,13 +89,19 @@ class TorchData(OrderedData):
         shape: tuple[int, ...] | None,
         held_out: float,
     ) -> None:
+        self._hold_out(held_out)
+        self._specs: dict[Part, Spec] = {"train": train, "val": val}
+        for part, given in self._specs.items():
+            require_data(
+                isinstance(given, Spec),
+                f"from_dataset: {part} must be the spec of a data set, spec(BUILDER, ...); got"
+                f" {type(given).__name__}",
+            )
         require_data(
-            0 <= held_out < 1,
-            f"from_dataset: held_out must be a share in 0..1, 1 excluded; got {held_out}",
+            classes is None or is_count(classes),
+            f"from_dataset: classes must be a whole number >= 1; got {classes!r}",
         )
-        self._specs, self._classes, self._shape = {"train": train, "val": val}, classes, shape
-        self.held_out = held_out
-        self._stored: dict[Part, Part] = {"train": "train", "val": "train" if held_out else "val"}
+        self._classes, self._shape = classes, shape
         self._built: dict[Part, Any] = {}  # copies (`with_classes`) share it
 
     @property
@@ -174,12 +181,12 @@ class TorchData(OrderedData):
                 f"{subject} cannot be read as (x, class), class an int", error
             ) from error
         if isinstance(x, np.ndarray) and x.dtype == np.float32:
-            x = torch.from_numpy(np.ascontiguousarray(x))
+            x = torch.from_numpy(np.require(x, requirements=("C", "W")))
         got = f"{x.dtype} {[*x.shape]}" if hasattr(x, "dtype") else type(x).__name__
         require_data(
             isinstance(x, Tensor)
             and x.dtype == torch.float32
-            and (self._shape is None or [*x.shape] == [*self._shape]),
+            and (x.dim() in (3, 4) if self._shape is None else [*x.shape] == [*self._shape]),
             f"{subject}: x must be a tensor of float32"
             f" {[*self._shape] if self._shape else '[C,H,W] or [T,C,H,W]'}; got {got}; a transform"
             " makes it so, such as torchvision's ToTensor() for PIL images, x.float() / 255 for"
@@ -212,31 +219,23 @@ class TorchData(OrderedData):
             self._built[part] = dataset
         return self._built[part]
 
-    def _ids(self, part: Part) -> NDArray[np.int64]:
-        stored = self._stored[part]
-        dataset = self._dataset(stored)
-        samples = len(dataset)
-        ids = split_held_out(samples, self.held_out)[part] if self.held_out else np.arange(samples)
-        if self.used_classes is not None:
-            targets = getattr(dataset, "targets", ())
-            require_data(
-                len(targets) == samples,
-                f"from_dataset: for a task of some classes, {stored} must have `targets`, the class"
-                f" of each of its {samples} items; got {len(targets)}",
-            )
-            ids = ids[np.isin(np.asarray(targets)[ids], self.used_classes)]
-            require_data(
-                len(ids),
-                f"from_dataset: {stored} must hold {part} items of the classes"
-                f" {self.used_classes}; got none",
-            )
-        return ids
+    def _samples(self, part: Part) -> int:
+        return len(self._dataset(part))
+
+    def _labels(self, part: Part) -> NDArray[np.int64]:
+        targets, samples = getattr(self._dataset(part), "targets", ()), self._samples(part)
+        require_data(
+            len(targets) == samples,
+            f"from_dataset: for a task of some classes, {part} must have `targets`, the class of"
+            f" each of its {samples} items; got {len(targets)}",
+        )
+        return np.asarray(targets)
 
     def _loader(
         self, part: Part, order: TrainOrder | ValOrder, *, seed: int, threads: int
     ) -> "TorchLoader":
         _ = self.shape  # the first item is read, if it must be, before processes start
-        return TorchLoader(self, self._stored[part], order, seed=seed, threads=threads)
+        return TorchLoader(self, self.stored_part(part), order, seed=seed, threads=threads)
 
 
 class TorchLoader:
@@ -304,13 +303,17 @@ class TorchLoader:
 def _batches(loader: DataLoader[Any]) -> Generator[Batch]:
     """Raises:
     DataError: an item cannot be read or has another form.
-    LoaderError: the storage failed.
-    RuntimeError: a reading process died.
+    LoaderError: the storage failed, or a reading process died.
     """
-    for values in loader:
-        if isinstance(values, Exception):
-            raise values
-        yield Batch(*values)
+    try:
+        for values in loader:
+            if isinstance(values, Exception):
+                raise values
+            yield Batch(*values)
+    except LoaderError:
+        raise
+    except RuntimeError as error:
+        raise LoaderError(f"from_dataset: reading failed: {error}".partition("\n")[0]) from error
 
 
 def _start_process(_: int) -> None:

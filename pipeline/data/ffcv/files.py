@@ -8,7 +8,7 @@ import copy
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,11 @@ from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv.format import read_tables
 from pipeline.data.ffcv.manifest import Manifest
 from pipeline.data.ffcv.page_checks import check_file
-from pipeline.data.order import OrderedData, TrainOrder, ValOrder, split_held_out
-
-Part = Literal["train", "val"]  # the training or the evaluation set, and the name of a file
+from pipeline.data.order import OrderedData, Part, TrainOrder, ValOrder
 
 
 class FileData(OrderedData):
-    """Base class of data sets in files; subclasses decode the samples.
+    """Base class of data sets in files, one for each part; subclasses decode the samples.
 
     Args:
         classes: the number of classes in the files.
@@ -49,13 +47,10 @@ class FileData(OrderedData):
         repeats: int = 1,
     ) -> None:
         self.folder, self.classes, self.shape = Path(folder), classes, shape
-        self.held_out, self.repeats = held_out, repeats
+        self.repeats = repeats
         self._one_in = 0  # one in this many samples has its page compared; 0: none (page_checks.py)
         self._error_prefix = type(self).__name__
-        require_data(
-            0 <= held_out < 1,
-            f"{self._error_prefix}: held_out must be a share in 0..1, 1 excluded; got {held_out}",
-        )
+        self._hold_out(held_out)
 
     def fingerprint(self) -> str:
         contents = f"{self._manifest('train').content} {self._manifest('val').content}"
@@ -85,7 +80,7 @@ class FileData(OrderedData):
 
         Raises: DataError if the file is missing, or its manifest has no such groups.
         """
-        file = self._file(part)
+        file = self.stored_part(part)
         groups = self._manifest(file).groups
         require_data(
             by in groups,
@@ -102,12 +97,9 @@ class FileData(OrderedData):
     def _loader(self, part: Part, order: TrainOrder | ValOrder, *, seed: int, threads: int) -> Any:
         from pipeline.data.ffcv.reader import BetonLoader, usable_threads
 
-        path = self._path(self._file(part))
+        path = self._path(self.stored_part(part))
         decode = self._decoder(part, path, parallel=usable_threads(threads) > 1)
         return BetonLoader(path, decode, order, seed=seed, threads=threads, one_in=self._one_in)
-
-    def _file(self, part: Part) -> Part:
-        return "train" if self.held_out else part
 
     def _path(self, file: Part) -> Path:
         return self.folder.expanduser() / f"{file}.beton"
@@ -122,18 +114,11 @@ class FileData(OrderedData):
         )
         return manifest
 
-    def _ids(self, part: Part) -> NDArray[np.int64]:
-        file = self._file(part)
-        samples = self._manifest(file).samples
-        ids = split_held_out(samples, self.held_out)[part] if self.held_out else np.arange(samples)
-        if self.used_classes is not None:
-            ids = ids[np.isin(read_tables(self._path(file)).labels[ids], self.used_classes)]
-            require_data(
-                len(ids),
-                f"{self._error_prefix}: {self._path(file)} must hold {part} samples of the classes"
-                f" {self.used_classes}; got none",
-            )
-        return ids
+    def _samples(self, file: Part) -> int:
+        return self._manifest(file).samples
+
+    def _labels(self, file: Part) -> NDArray[np.int64]:
+        return read_tables(self._path(file)).labels
 
 
 def check_view_options(

@@ -28,6 +28,7 @@ from pipeline.models.foreign.equal_lif import LearntDecay, of_norse, of_snntorch
 from pipeline.models.foreign.neuron import ForeignNeuron, Token
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.norm import BatchNorm, foreign_norms
+from pipeline.spiking.state import copies_without_graph
 from pipeline.spiking.synapse import Conv2d, Linear, apply_folded
 
 Output = Literal["spikes", "membrane"] | int
@@ -64,11 +65,12 @@ _STATELESS = (
     "norse.torch.module.sequential.SequentialState",
 )
 _DROPOUT = f"{_SJ}layer.dropout.Dropout"  # has one mask for all time steps, as ours
-# By package: what can be wrapped.
+# By package: what can be wrapped. Another release may have its classes in other modules.
 ACCEPTED = {
-    "spikingjelly": "IFNode, LIFNode, ParametricLIFNode or a layer without state",
-    "snntorch": "Leaky",
-    "norse": "LIFBoxCell, IAFCell, LIFCell with dt tau_syn_inv = 1, or SequentialState",
+    "spikingjelly": "IFNode, LIFNode, ParametricLIFNode or a layer without state, of release 2.0",
+    "snntorch": "Leaky, of release 1.0",
+    "norse": "LIFBoxCell, IAFCell, LIFCell with dt tau_syn_inv = 1, or SequentialState, of release"
+    " 1.1",
 }
 
 
@@ -93,8 +95,8 @@ def wrap(network: nn.Module, output: Output = "spikes", norm: Norm = "as_is") ->
             statistics of each step anyway.
 
     Raises: ValueError that names the module for a module that cannot be mapped, a neuron without an
-    equal LIF, a neuron that takes the time steps for samples, or a batch norm that cannot have
-    statistics of each step; for a network without neurons.
+    equal LIF, a neuron that takes the time steps for samples, a batch norm that cannot have
+    statistics of each step, or a module with hooks that is replaced; for a network without neurons.
     """
     require(
         isinstance(network, nn.Module),
@@ -176,7 +178,10 @@ class Wrapped(nn.Module):
         self.neurons: dict[ForeignNeuron, bool] = {}  # and whether a container loops over them
         self.states: tuple[Any, ...] = ()
         self.passes_states = False  # whether the network gets the states that it returned last
-        memo = _shared(network)
+        # `deepcopy` must not copy parameters and buffers.
+        memo: dict[int, Any] = copies_without_graph(network) | {
+            id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())
+        }
         self.is_multi_step = any(
             _class_name(module).startswith(_SJ)
             and (_time_inside(module) or getattr(module, "step_mode", "s") == "m")
@@ -193,11 +198,17 @@ class Wrapped(nn.Module):
         )
         self._replace_norms(network, places, memo)
         self._replace_dropout(places, memo)
-        for _, module, time in reversed(places):  # inner containers first
+        for name, module, time in reversed(places):  # inner containers first
             is_inner = type(module) is nn.Sequential and time == "folded"
             if _time_inside(module) == "folded" or is_inner:
                 layers = {key: copy.deepcopy(each, memo) for key, each in module._modules.items()}
                 memo[id(module)] = Folded(OrderedDict(layers))
+            hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+            require(
+                id(module) not in memo or not any(hooks),
+                f"wrap: {_describe(name, module)}: is replaced and must have no hooks; remove them,"
+                " and register them on the wrapped network",
+            )
         self.network = copy.deepcopy(network, memo)
         self.layers: list[Any] = [
             (memo[id(module)], name, time)
@@ -333,8 +344,10 @@ class Wrapped(nn.Module):
         for name, module, time in places:
             if id(module) not in mixing:
                 continue
-            is_plain = type(module).__name__ in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
-            if time in ("batch", "unknown") or not (is_plain and module.affine and module.momentum):
+            is_plain = type(module).__name__ in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d") and (
+                module.affine and module.momentum and module.track_running_stats
+            )
+            if time in ("batch", "unknown") or not is_plain:
                 require(
                     self.norm == "as_is",
                     f"wrap: norm='step' needs batch norms of torch or SpikingJelly with a time"
@@ -348,23 +361,27 @@ class Wrapped(nn.Module):
             )
             norm.weight, norm.bias = module.weight, module.bias
             norm.running_mean, norm.running_var = module.running_mean, module.running_var
+            norm.register_buffer("num_batches_tracked", module.num_batches_tracked)
             memo[id(module)] = norm.train(module.training)
             if time == "one":
                 _add_axis(norm, 0)
+            norm.register_forward_pre_hook(_count_batches)
 
     def _replace_dropout(self, places: Sequence[Any], memo: dict[int, Any]) -> None:
-        """Put our dropout into `memo`.
+        """Put our dropout into `memo`, in place of SpikingJelly's or of one that is ours already.
 
         Raises: ValueError that names a dropout which takes the time steps for samples.
         """
         for name, module, time in places:
-            if _class_name(module) != _DROPOUT:
+            is_ours = isinstance(module, Dropout)
+            if not is_ours and _class_name(module) != _DROPOUT:
                 continue
             require(
-                time in ("one", "all", "folded"),
+                time in ("one", "all", "folded") or (is_ours and time == "unknown"),
                 f"wrap: {_describe(name, module)}: must have step_mode 'm', to get all time steps",
             )
-            memo[id(module)] = Dropout(module.p).train(module.training)
+            dropout = copy.deepcopy(module) if is_ours else Dropout(module.p)
+            memo[id(module)] = dropout.train(module.training)
             if time == "one":
                 _add_axis(memo[id(module)], 0)
 
@@ -391,16 +408,6 @@ class Wrapped(nn.Module):
                 layer.register_forward_pre_hook(partial(_check_time_axis, self, name))
 
 
-def _shared(network: nn.Module) -> dict[int, Any]:
-    """For `deepcopy`: by id, the parameters and buffers, which it must not copy, and copies of
-    tensors with a graph, such as recorded spikes, which it would refuse.
-    """
-    kept = tree_leaves([list(vars(module).values()) for module in network.modules()])
-    with_graph = [x for x in kept if isinstance(x, Tensor) and x.grad_fn is not None]
-    shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
-    return shared | {id(x): x.detach().clone() for x in with_graph}
-
-
 def _places(module: Any, time: _Time, name: str = "") -> Iterator[tuple[str, Any, _Time]]:
     """Name, module and time of `module` and of every module inside it that is not in a neuron.
 
@@ -415,7 +422,7 @@ def _places(module: Any, time: _Time, name: str = "") -> Iterator[tuple[str, Any
         or is_neuron
         or foreign == _DROPOUT
         or (foreign.startswith(_STATELESS) and not is_stateful),
-        f"wrap: {_describe(name, module)}: this class cannot be mapped; replace it by"
+        f"wrap: {_describe(name, module)}: this class, {foreign}, cannot be mapped; replace it by"
         f" {ACCEPTED.get(foreign.partition('.')[0])}",
     )
     has_step_mode_m = getattr(module, "step_mode", "s") == "m"
@@ -464,7 +471,14 @@ def _can_have_seams(module: Any, time: _Time) -> bool:
 def _add_axis(module: nn.Module, axis: int) -> None:
     """Let `module` take and return tensors without this axis, such as time, which it needs."""
     module.register_forward_pre_hook(lambda _, inputs: inputs[0].unsqueeze(axis))
-    module.register_forward_hook(lambda _, __, y: y.squeeze(axis))
+    # First, because a hook of the user gets the output without the axis.
+    module.register_forward_hook(lambda _, __, y: y.squeeze(axis), prepend=True)
+
+
+def _count_batches(norm: Any, inputs: tuple[Tensor, ...]) -> None:
+    # torch's batch norm counts the updates of its statistics.
+    if norm.uses_batch_statistics:
+        norm.num_batches_tracked += len(inputs[0]) if norm.over == "step" else 1
 
 
 def _check_time_axis(wrapped: Wrapped, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:

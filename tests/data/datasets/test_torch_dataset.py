@@ -55,7 +55,7 @@ class Noisy(Dataset[Any]):
         return x + 10 * self.order[index] * torch.get_num_threads(), self.targets[index]
 
 
-def data_of(train: Spec | None = None, val: Spec | None = None, **options: Any) -> TorchData:
+def data_of(train: Spec | None = None, val: Any = None, **options: Any) -> TorchData:
     train = spec(Noisy) if train is None else train
     return from_dataset(train=train, val=spec(Noisy, samples=13) if val is None else val, **options)
 
@@ -119,7 +119,9 @@ def test_recordings_as_arrays_of_numpy() -> None:
     class Arrays(Noisy):
         def __getitem__(self, index: int) -> tuple[Any, Any]:
             x, target = super().__getitem__(index)
-            return x.numpy()[:, ::-1], np.int64(target)
+            x = x.numpy()[:, ::-1] if index % 2 else x.numpy()[:, ::-1].copy()
+            x.flags.writeable = False  # as a memory map
+            return x, np.int64(target)
 
     data = data_of(spec(Arrays, steps=3))
     assert (data.shape, data.classes) == ((3, 2, 4, 4), 3)
@@ -226,7 +228,11 @@ own = np.random.default_rng(0)
     ("act", "said"),
     [
         (lambda: data_of(held_out=1.0), r"held_out must be a share in 0..1, 1 excluded; got 1.0"),
+        (lambda: data_of(held_out="0.5"), r"held_out must be a share .* got '0.5'"),
         (lambda: spec(from_dataset, train=Noisy(), val=spec(Noisy)), "train must be Spec; got"),
+        (lambda: data_of(val=Noisy()), "val must be the spec of a data set, .* got Noisy$"),
+        (lambda: data_of(classes=1.5), r"classes must be a whole number >= 1; got 1\.5"),
+        (lambda: data_of(classes=0), "classes must be a whole number >= 1; got 0"),
         (lambda: data_of(spec(Stream)).shape, r"train: Stream must be a map-style .* got Stream"),
         (lambda: data_of(spec(Unsized)).shape, r"train: Unsized must be .* __len__ above 0; got"),
         (lambda: data_of(val=spec(Noisy, samples=0)).check(), r"val: Noisy must be .* above 0"),
@@ -246,6 +252,8 @@ own = np.random.default_rng(0)
         ),
         (changed(lambda x: (x.double().numpy(), 0)), r"got float64 \[1, 4, 4\]"),
         (changed(lambda x: (x, 0), shape=(1, 4, 5)), r"float32 \[1, 4, 5\]; got .* \[1, 4, 4\]"),
+        (changed(lambda x: (x[0, 0], 0)), r"float32 \[C,H,W\] or .* got torch.float32 \[4\]"),
+        (changed(lambda x: (x.sum(), 0)), r"float32 \[C,H,W\] or .* got torch.float32 \[\]"),
         (changed(lambda x: (x, 3)), r"item 0 of train: its class must be in 0\.\.2; got 3"),
         (changed(lambda x: (x, -1)), r"class must be in 0\.\.2; got -1"),
         (changed(lambda x: (x, 1.0)), r"class an int: TypeError: 'float' object cannot"),
@@ -283,7 +291,7 @@ def test_storage_that_fails_and_a_process_that_dies_may_be_tried_again() -> None
     with pytest.raises(LoaderError, match=r"item \d+ of train cannot be read .*: OSError: .* away"):
         read(away.train(**SIZES, threads=2))
     dead = data_of(spec(Changed, change=lambda x: os.kill(os.getpid(), signal.SIGKILL)), shape=(1,))
-    with pytest.raises(RuntimeError, match="DataLoader worker"):
+    with pytest.raises(LoaderError, match=r"^from_dataset: reading failed: DataLoader worker"):
         read(dead.train(**SIZES, threads=2))
 
 

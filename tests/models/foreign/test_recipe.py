@@ -12,25 +12,32 @@ from pipeline.recipe.recipe import Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from tests.helpers.foreign import CASES, CLASSES, POOLED, Case, chain, learnt_chain
+from tests.helpers.foreign import CASES, CLASSES, POOLED, Case, chain, learnt_chain, sew, spikformer
 from tests.helpers.small import finished, goes_on, small_recipe
 
 
 @pytest.mark.distributed
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize(
-    ("build", "rule"),
-    [(chain, spec(OTTT)), (learnt_chain, spec(SLTT, k=1)), (learnt_chain, spec(BPTT))],
+    ("build", "shape", "rule"),
+    [
+        (chain, (1, 8, 8), spec(OTTT)),
+        (learnt_chain, (1, 8, 8), spec(SLTT, k=1)),
+        (learnt_chain, (1, 8, 8), spec(BPTT)),
+        (sew, (3, 8, 8), spec(SLTT, k=1)),
+        (spikformer, (3, 32, 32), spec(SLTT)),
+    ],
 )
 def test_it_trains_is_killed_and_goes_on(
-    build: Callable[..., nn.Module], rule: Spec, tmp_path: Path
+    build: Callable[..., nn.Module], shape: tuple[int, ...], rule: Spec, tmp_path: Path
 ) -> None:
     """With DeepSpeed, which refuses parameters without dimensions."""
     recipe = small_recipe(
-        model=spec(wrap, network=spec(build)),
-        data=small_recipe().data.with_(classes=CLASSES),
+        model=spec(wrap, network=spec(build), norm="step"),
+        data=small_recipe().data.with_(classes=CLASSES, shape=shape, val_samples=4),
         rule=rule,
         backend="deepspeed",
+        stop_after=6,
     )
     whole, broken = goes_on(tmp_path, recipe, trust=("tests",))
     assert broken["loss"] == whole["loss"]

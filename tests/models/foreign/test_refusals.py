@@ -21,6 +21,8 @@ from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.state import fresh_state
 
+SJ = "spikingjelly.activation_based."
+
 
 def with_layer(*modules: nn.Module) -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 4), *modules)
@@ -29,6 +31,11 @@ def with_layer(*modules: nn.Module) -> nn.Sequential:
 def multi_step(*modules: nn.Module) -> nn.Sequential:
     """A neuron with step_mode "m" and other modules."""
     return nn.Sequential(neuron.IFNode(step_mode="m"), *modules)
+
+
+def hooked(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda _, __, spikes: spikes)
+    return with_layer(nn.BatchNorm1d(4), module, neuron.IFNode())
 
 
 def leaky(**changes: Any) -> nn.Module:
@@ -156,6 +163,18 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "a neuron in a batch of time steps": (
         lambda: layer.SeqToANNContainer(nn.Sequential(nn.Linear(5, 4), neuron.IFNode())),
         "0.1 (spikingjelly.IFNode): .*takes the time steps for samples",
+    ),
+    "hooks of a neuron": (
+        lambda: hooked(neuron.IFNode()),
+        "2 (spikingjelly.IFNode): is replaced and must have no hooks; remove them",
+    ),
+    "hooks of a batch norm": (
+        lambda: hooked(nn.BatchNorm1d(4)),
+        "2 (torch.BatchNorm1d): .* no hooks",
+    ),
+    "another release": (
+        lambda: with_layer(type("LIFNode", (nn.Module,), {"__module__": f"{SJ}neuron"})()),
+        f"1 (spikingjelly.LIFNode): this class, {SJ}neuron.LIFNode, cannot .* of release 2.0",
     ),
     "no neurons": (lambda: with_layer(nn.ReLU()), "must have neurons of spikingjelly, snntorch"),
 }
