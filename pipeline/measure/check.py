@@ -220,7 +220,7 @@ def _inside(name: str, names: Iterable[str]) -> list[str]:
 
 
 def _copy(network: nn.Module, training: bool | None = None) -> nn.Module:
-    """A copy. In training mode it has no dropout, and the vectors of spectral norms stay as they are."""
+    """A copy. In training mode it has no dropout, and its spectral norms keep their vectors."""
     network = copy.deepcopy(network, copies_without_graph(network))
     if training is not None:
         network.train(training)
