@@ -300,13 +300,6 @@ def test_each_task_has_a_new_optimizer_and_schedule(tmp_path: Path) -> None:
     torch.testing.assert_close(trained, network.state_dict(), rtol=0, atol=0)
 
 
-def test_the_learning_rate_begins_anew(whole: Path) -> None:
-    rates = [event["metrics"]["lr"] for event in events(whole, "step")]
-    assert [step for step, rate in enumerate(rates) if rate == 0] == [0, 8, 24]  # warm-up
-    # The second task is twice as long.
-    assert rates[0:8] == rates[24:32] != rates[8:16]
-
-
 def test_a_head_learns_in_its_own_phase_alone(tmp_path: Path) -> None:
     train(tmp_path / "run", split(checkpoints=Checkpointing(every=3, keep=99)))
     torch.manual_seed(0)

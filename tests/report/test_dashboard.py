@@ -2,10 +2,7 @@
 of a store in trouble.
 """
 
-import csv
 import html
-import io
-import json
 import re
 import sqlite3
 import time
@@ -22,7 +19,7 @@ from pipeline.report.dashboard.guard import COOKIE, guard
 from pipeline.report.dashboard.permalink import VIEWS, ViewState
 from pipeline.report.stores import Store, StoredRun, open_store
 from tests.helpers.fake_store import FakeStore
-from tests.helpers.hand_made import CLAIM, KEY, recipe, run, study
+from tests.helpers.hand_made import CLAIM, KEY, study
 from tests.helpers.small import Refused
 from tests.report.test_figures import LARGEST
 
@@ -430,13 +427,6 @@ def test_claims_and_sweeps_of_each_suite_are_a_view(store: FakeStore, asking: As
     assert "no claims, sweep or report" in Asking(store).show(search, seen=before)
 
 
-def test_all_claims_are_shown(store: FakeStore):
-    store.add_finished("sltt-2", "SLTT", seed=2, parent="first")
-    store.add_report("first", *(replace(CLAIM, about=f"rule {index}") for index in range(60)))
-    shown = Asking(store).show(f"?study={KEY}&view=claims")
-    assert "rule 59" in shown and "The first 40" not in shown
-
-
 def several_groups(store: FakeStore) -> None:
     """Runs by two workers beside those by one; each rule's are of a suite that tells one claim and
     one sweep, twice.
@@ -484,64 +474,6 @@ def _groups(asking: Asking) -> Iterator[tuple[str, str]]:
     for text in re.findall('download="([^"]*)-costs.csv"', asking.show(f"?study={KEY}")):
         name, _, key = text.rpartition("-")
         yield key, name
-
-
-def test_how_the_groups_differ_is_a_file(store: FakeStore, asking: Asking):
-    file = f"/csv?study={KEY}&view=runs&name=differences"
-    assert Asking(store).client.get(file).status_code == 404  # there is one group
-    several_groups(store)
-    assert file in hrefs(asking.show(f"?study={KEY}&view=runs"))
-    told = asking.client.get(file).get_data(as_text=True)
-    assert (
-        told.startswith("field,first group,other group,first,other\n")
-        and "\nmicro_batch,4,8," in told
-    )
-
-
-def test_what_the_reader_of_means_must_know_stands_beside_them(store: FakeStore):
-    said = "SLTT has 2 runs of seed 0: ratios and differences use their mean as one run"
-    assert said not in Asking(store).show(f"?study={KEY}")
-    store.add_finished("sltt-again", "SLTT")
-    assert said in Asking(store).show(f"?study={KEY}")
-
-
-def test_what_training_holds_and_the_published_run_are_shown_as_on_the_page(
-    store: FakeStore, asking: Asking
-):
-    for each in store.members[1:]:
-        summary = json.loads(store.texts[each.id, "summary.json"])
-        store.texts[each.id, "summary.json"] = json.dumps(
-            {**summary, "held": {"parameters": 4e6, "gradients": 4e6}}
-        )
-    made = {"version": 1, "recipe": recipe("SLTT", published=[[1, 0.5], [2, 0.95]])}
-    [one] = [run for run in store.members if run.name == "sltt-0"]
-    store.texts[one.id, "recipe.json"] = json.dumps(made)
-    shown = asking.show(f"?study={KEY}")
-    assert "Memory in training" in shown and "Bytes of one worker by kind, without ZeRO" in shown
-    held = asking.client.get(f"/csv?study={KEY}&name={GROUP}-held").get_data(as_text=True)
-    assert held.splitlines()[1] == "BPTT,4 MB ± 0 MB,,4 MB ± 0 MB,,,,1 kB ± 0 kB"
-    learning = asking.show(f"?study={KEY}&view=learning")
-    assert (
-        "Comparison with the published run" in learning
-        and "sltt-0: 5.0 points below the published run at epoch 2" in learning
-    )
-    assert "Comparison with the published run" not in shown
-
-
-def test_several_tunings_of_the_baseline_are_named(store: FakeStore):
-    for name, rate in (("bptt-0", 0.1), ("bptt-1", 0.3)):
-        made = recipe(
-            "BPTT",
-            tuned=["optimizer.lr"],
-            optimizer={"target": "timm.optim.create", "kwargs": {"lr": rate}},
-        )
-        store.texts[(name * 32)[:32], "recipe.json"] = json.dumps({"version": 1, "recipe": made})
-    shown = Asking(store).show(f"?study={KEY}")
-    assert (
-        "No baseline: several BPTTs with different optimizer.lr; name one. There are no ratios."
-        in shown
-    )
-    assert "is picked" not in shown
 
 
 def test_a_run_that_nobody_hears_of_says_so_beside_its_state(store: FakeStore):
@@ -605,28 +537,6 @@ def test_names_from_outside_stay_text(store: FakeStore, asking: Asking):
         asking.client.get(f"/?study={KEY}&text={script}").get_data(as_text=True),
     ):
         assert "<script>alert" not in answer and "<b>bold" not in answer and "<img" not in answer
-
-
-def test_scaling_over_workers_is_shown():
-    store = FakeStore()
-    store.add_finished("one", "SLTT")
-    two = store.add_finished("two", "SLTT")
-    store.texts[two.id, "summary.json"] = json.dumps(
-        run("SLTT", world_size=2, images_per_s=120.0).summary
-    )
-    asking = Asking(store)
-    shown = asking.show(f"?study={KEY}")
-    assert "Scaling over workers" in shown
-    for workers in ("1 worker", "2 workers"):  # each group's table is a region of a name of its own
-        assert (
-            f'over paired seeds, Study {KEY[:8]} on a cpu, 2 cores, 1 thread, {workers}"' in shown
-        )
-    told = asking.client.get(f"/csv?study={KEY}&name=scaling").get_data(as_text=True)
-    assert [row["efficiency"] for row in csv.DictReader(io.StringIO(told))] == ["1.0", "0.75"]
-    store.texts[two.id, "summary.json"] = json.dumps(run("SLTT", images_per_s=120.0).summary)
-    asking = Asking(store)
-    assert "Scaling over workers" not in asking.show(f"?study={KEY}")
-    assert asking.client.get(f"/csv?study={KEY}&name=scaling").status_code == 404
 
 
 # --------------------------------------------------------------------------------- store in trouble
