@@ -101,6 +101,19 @@ def test_every_value_that_is_asked_for_is_in_the_example_and_no_secret_has_one()
     assert [name for name, value in told.items() if not value] == list(SECRETS)
 
 
+def test_a_filled_in_env_is_not_in_git():
+    files = ("infra/mlflow/.env", "infra/mlflow/.env.example")
+    assert subprocess.run(
+        ["git", "-C", str(ROOT), "check-ignore", *files], capture_output=True, text=True
+    ).stdout.splitlines() == [files[0]]
+
+
+def test_no_password_on_a_command_line_or_in_an_address():
+    words = [word for service in SERVICES.values() for word in service.get("command", [])]
+    assert not [word for word in words for name in SECRETS if name in word]
+    assert not re.search(r"//\w+:[^@/\s]+@", "".join(TEXTS.values()))
+
+
 def test_images_are_pinned_and_the_server_is_of_the_client_s_release():
     images = {name: service["image"] for name, service in SERVICES.items()}
     assert images == {each["name"]: each["image"] for each in CONTAINERS.values()}
@@ -122,6 +135,17 @@ def test_kubernetes_has_what_compose_has():
         assert any(re.fullmatch(allowed, word) for word in container["command"])
     values = re.sub(r"^#.*\n", "", TEXTS["auth.ini"], flags=re.MULTILINE)
     assert MANIFESTS["ConfigMap", "mlflow"]["data"]["auth.ini"] == values
+
+
+def test_secrets_are_references():
+    assert not [name for kind, name in MANIFESTS if kind == "Secret"]
+    references = [
+        variable["valueFrom"]["secretKeyRef"]
+        for container in CONTAINERS.values()
+        for variable in container["env"]
+        if "valueFrom" in variable
+    ]
+    assert {(each["name"], each["key"]) for each in references} == {("mlflow", n) for n in SECRETS}
 
 
 @pytest.mark.parametrize("name", ["mlflow", "postgres"])

@@ -194,8 +194,12 @@ def test_a_page_that_mlflow_does_not_take_costs_the_suite_nothing(
 
 @pytest.mark.parametrize(
     "stops",
-    [[("second", 5)], [("first", 4), ("second", 2), ("third", 6)]],
-    ids=["in the second", "in each"],
+    [
+        pytest.param([("second", 5)], id="in the second"),
+        pytest.param(
+            [("first", 4), ("second", 2), ("third", 6)], marks=pytest.mark.full, id="in each"
+        ),
+    ],
 )
 @pytest.mark.parametrize("how", [pytest.param(die, marks=pytest.mark.full), interrupt])
 def test_stopped_and_resumed_it_ends_with_the_same_bits(

@@ -83,9 +83,10 @@ REPEATED = (
         "cifar100_sltt",
         "cifar10dvs_spide",
     ),
-    # 1.5 to 7 s each; their rules and families train in other recipes
+    # 1.5 to 8 s each; their rules and families train in other recipes
     *("nf_resnet50_sltt", "cifar10_cifarnet_f_ide", "preact18_dsr", "ms_resnet_sei_bw"),
-    *("cifar10_alexnet_f_ide", "cifar10_opzo.", "cifar10_ottt_a", "ide_bptt", "spide_ide"),
+    *("cifar10_alexnet_f_ide", "cifar10_dsr_if", "cifar10_opzo.", "cifar10_ottt_a", "ide_bptt"),
+    *("spide_ide", "qkformer_sei_bw"),
     "cifar100_vgg_f_ottt",
 )
 LONG = (pytest.mark.full, pytest.mark.timeout(900))  # dozens of runs
@@ -94,7 +95,9 @@ TIERED = [
 ]
 
 
-@pytest.mark.parametrize("step", [1, 5, 8, 11])
+@pytest.mark.parametrize(
+    "step", [5, 8, *(pytest.param(step, marks=pytest.mark.full) for step in (1, 11))]
+)
 def test_a_run_that_died_goes_on_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
 ) -> None:
