@@ -1,13 +1,11 @@
 """The benchmark beside SpikingJelly runs on a CPU, with a small QKFormer."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 import torch
-from spikingjelly.activation_based import functional
 from torch import Tensor, nn
 
 from benchmarks import peer
@@ -89,26 +87,3 @@ def test_the_share_of_products_is_that_of_their_time() -> None:
     assert peer.share_of_products(trained_by(torch.exp), data) == 0
     bptt = peer.contestants(small_qkformer(), CPU)[1]
     assert 0.05 < peer.share_of_products(bptt, peer.batch(2, 64, CPU)) < 0.95
-
-
-@pytest.fixture
-def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """A GPU that can be asked about, without computing on it."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "H100")
-    monkeypatch.setattr(torch.cuda, "device", MagicMock())
-    yield torch.device("cuda:0")
-    peer.use("auto")
-
-
-def test_each_implementation_of_spikingjelly_is_chosen_or_said_to_be_missing(
-    a_gpu: torch.device, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert peer.implementations(a_gpu) == ["triton", "torch"]
-    assert (
-        "not installed: No available sj_if CUDA implementation. cuda: " in capsys.readouterr().out
-    )
-    for name in ("triton", "torch"):
-        peer.use(name)
-        chosen = [functional.neuron_implementation(kind, a_gpu) for kind in ("if", "lif")]
-        assert [each["implementation"] for each in chosen] == [name, name]

@@ -121,12 +121,6 @@ def test_after_a_label_lines_are_indented_and_what_is_too_long_is_not():
     ]
 
 
-def test_without_a_width_a_line_is_as_long_as_it_has_to_be():
-    text = "word " * NO_WIDTH + "end"
-    assert printed(say, text) == [text]
-    assert printed(print_table, ("rule", prose("claim")), [("SLTT", text)])[1] == f"SLTT  {text}"
-
-
 def test_names_and_values_stand_side_by_side():
     fields = {"rule": "SLTT", "model.neuron.surrogate.width": "a b"}
     assert printed(print_fields, fields) == [

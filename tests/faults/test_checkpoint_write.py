@@ -180,7 +180,17 @@ DAMAGES: dict[str, Callable[[Path, str], object]] = {  # of a checkpoint, or of 
 }
 
 
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize(
+    "how",
+    [
+        "flipped",
+        "missing",
+        *(
+            pytest.param(how, marks=pytest.mark.full)
+            for how in ("truncated", "without its manifest")
+        ),
+    ],
+)
 def test_the_newest_is_damaged(tmp_path: Path, untouched: Path, how: str) -> None:
     run, draw = tmp_path / "run", random.Random(f"{SEED} {how}")
     with dies_at(draw.randrange(STEPS[1], STEPS[-1])):
@@ -383,7 +393,12 @@ NO_SPACE = f"[Errno {errno.ENOSPC}] journal: "
 
 @pytest.mark.usefixtures("own_store")
 @pytest.mark.parametrize(
-    ("full_of", "room"), [("checkpoints", 1.5), ("the run", 2), ("what others write", 8)]
+    ("full_of", "room"),
+    [
+        ("checkpoints", 1.5),
+        pytest.param("the run", 2, marks=pytest.mark.full),
+        ("what others write", 8),
+    ],
 )
 def test_a_full_disk_is_said_in_a_line_and_with_room_the_run_goes_on(
     tmp_path: Path,

@@ -186,7 +186,11 @@ def test_a_stop_waits_for_no_evaluation_which_is_made_up_for(
     assert_as(untouched, job, checkpoints=checkpoints)
 
 
-@pytest.mark.parametrize("rule", [spec(IDE), spec(SPIDE, steps=8)], ids=["IDE", "SPIDE"])
+@pytest.mark.parametrize(
+    "rule",
+    [spec(IDE), pytest.param(spec(SPIDE, steps=8), marks=pytest.mark.full)],
+    ids=["IDE", "SPIDE"],
+)
 def test_what_the_rule_said_of_its_last_batch_is_told_by_whoever_makes_up_for_the_evaluation(
     tmp_path: Path, rule: Spec
 ) -> None:

@@ -21,7 +21,6 @@ from pipeline.forecast.plan import (
     _Planner,
     _seconds_at,
     plan,
-    plan_inputs,
 )
 from pipeline.forecast.step_counts import KernelLog, Operation, count_optimizer, count_rule
 from pipeline.measure.saved_bytes import storage_bytes
@@ -66,11 +65,6 @@ def on(
 def of(found: Plan, rule: str) -> Planned:
     (planned,) = [each for each in found.rules if each.rule == rule]
     return planned
-
-
-def test_recipes_whose_steps_differ_are_planned_apart() -> None:
-    changes = ({}, {"rule": spec(BPTT)}, {"backend": "plain"}, {"clip_norm": 1.0})
-    assert len({plan_inputs(made(**each)) for each in changes}) == 3
 
 
 @pytest.mark.parametrize(
@@ -201,15 +195,6 @@ def test_hours_energy_and_cost_follow_from_the_step() -> None:
     assert (planned.hours, planned.kwh, planned.cost, planned.images_per_s) == pytest.approx(
         (hours, hours * 8 * 0.7, hours * 8 * 3, 64 / planned.step_s)
     )
-
-
-def test_a_small_plan_is_not_for_nothing_and_says_what_its_energy_is() -> None:
-    found = on(1, cluster={"price": 3.0}, rules=(), rule=spec(BPTT))
-    found = replace(found, rules=(replace(found.rules[0], kwh=12_345.6, cost=0.00123),))
-    [row] = [line for line in printed(print_plan, found) if line.startswith("BPTT")]
-    assert row.split()[-2:] == ["12,346", "0.00123"]
-    assert " kWh assume the rated power of the cards all the time, without hosts. " in basis(found)
-    assert " Hours cover training only, without evaluations" in basis(found)
 
 
 def test_a_small_card_takes_smaller_micro_batches_and_a_tiny_one_refuses() -> None:

@@ -115,13 +115,6 @@ def test_without_a_leak_nothing_comes_through_time() -> None:
     assert forgetful.temporal_share["layers.0"] == pytest.approx(0, abs=1e-6)
 
 
-def test_the_network_is_the_recipes_and_rests() -> None:
-    """Two probes of one recipe agree in everything but time."""
-    one, other = (probe(recipe_with(0.5), rules=PAIR) for _ in range(2))
-    assert one.fidelity == other.fidelity
-    assert [cost.operations for cost in one.costs] == [cost.operations for cost in other.costs]
-
-
 def test_a_recipe_that_starts_from_weights_is_probed_with_them(tmp_path: Path) -> None:
     """Of a network that is silent but for its readout, whose bias alone is not 0, no gradient
     reaches the first layer.

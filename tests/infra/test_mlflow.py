@@ -108,13 +108,6 @@ def test_a_filled_in_env_is_not_in_git():
     ).stdout.splitlines() == [files[0]]
 
 
-def test_services_are_healthy_before_others_rest_on_them():
-    assert SERVICES["mlflow"]["depends_on"] == {"postgres": {"condition": "service_healthy"}}
-    assert all(service["healthcheck"]["test"] for service in SERVICES.values())
-    kept = {volume.split(":")[0] for service in SERVICES.values() for volume in service["volumes"]}
-    assert set(COMPOSE["volumes"]) == {"database", "artifacts"} < kept
-
-
 def test_no_password_on_a_command_line_or_in_an_address():
     words = [word for service in SERVICES.values() for word in service.get("command", [])]
     assert not [word for word in words for name in SECRETS if name in word]

@@ -192,31 +192,14 @@ def test_a_page_that_mlflow_does_not_take_costs_the_suite_nothing(
     assert done(*shlex.split(retry)) == f"{page}\n"
 
 
-def test_a_folder_may_be_named_by_where_one_stands(
-    untouched: Path, done: Done, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`.` has no parent of its own: the runs of a suite that is named so are beside its folder all
-    the same.
-    """
-    before = {folder: sorted(folder.iterdir()) for folder in (untouched.parent, untouched)}
-    inside, first = untouched / "notes", runs_of(untouched)["first"]
-    inside.mkdir()
-    for where, words, said in (
-        (untouched, "resume . --trust lab_suite", f"{untouched.name} has finished\n"),
-        (inside, "resume .. --trust lab_suite", f"{untouched.name} has finished\n"),
-        (first, "resume .", f"{first.name} has finished\n"),
-        (untouched, "compare . --trust lab_suite", "REPORT first:first-"),
-    ):
-        monkeypatch.chdir(where)
-        assert done(*words.split()).startswith(said)
-    inside.rmdir()
-    assert {folder: sorted(folder.iterdir()) for folder in (untouched.parent, untouched)} == before
-
-
 @pytest.mark.parametrize(
     "stops",
-    [[("second", 5)], [("first", 4), ("second", 2), ("third", 6)]],
-    ids=["in the second", "in each"],
+    [
+        pytest.param([("second", 5)], id="in the second"),
+        pytest.param(
+            [("first", 4), ("second", 2), ("third", 6)], marks=pytest.mark.full, id="in each"
+        ),
+    ],
 )
 @pytest.mark.parametrize("how", [pytest.param(die, marks=pytest.mark.full), interrupt])
 def test_stopped_and_resumed_it_ends_with_the_same_bits(
@@ -554,33 +537,6 @@ def test_tiny_follows_references_and_names_do_not_collide(
     newest = tmp_path / "runs" / list_suites(tmp_path / "runs")[0].name
     names = [newest.name, *(run.name for run in runs_of(newest).values())]
     assert names[1].startswith("twin-") and len(set(names)) == 3
-
-
-@pytest.mark.full
-def test_two_suites_launched_in_one_second_are_both_trained_to_their_end(
-    places: Path,
-    tmp_path: Path,
-    spiketrain: Command,
-    done: Done,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The second is launched while the first trains, before the first has made the folders of its
-    later runs.
-    """
-    monkeypatch.setattr(
-        "pipeline.launch.suite.time.strftime", lambda form, when=None: "20260105-120000"
-    )
-    for name in "ab":
-        killed(
-            spiketrain,
-            "first",
-            1,
-            [*launch(places / "lab_list.py", tmp_path, name), "--set", "epochs=1"],
-        )
-    for name in "ab":
-        done("resume", name, "--runs", tmp_path)
-        assert all(state_of(run) == "finished" for run in runs_of(tmp_path / name).values())
-    assert not {*runs_of(tmp_path / "a").values()} & {*runs_of(tmp_path / "b").values()}
 
 
 def test_show_prints_every_recipe_of_a_suite_without_what_it_refers_to(

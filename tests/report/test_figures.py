@@ -72,29 +72,6 @@ def test_ratios_to_the_baseline():
     assert "SLTT has the fewest saved bytes, 0.25 of the baseline's" in figure.alt
 
 
-def test_time_is_divided_by_the_faster_bptt_and_bytes_by_bptt():
-    group = study(run("BPTT-chunk-1", backward_s=6.0, wall_s=10.0, peak_saved_bytes=1)).groups[0]
-    figure = made(ratios(group))
-    found = {(row[0], row[1]): (row[2], row[3]) for row in figure.table.rows}
-    assert found["SLTT", "compute time"] == ("BPTT-chunk-1", 1.2)
-    assert found["SLTT", "wall clock"] == ("BPTT-chunk-1", 1.6)
-    assert found["SLTT", "saved bytes"] == ("BPTT", 0.25)
-    assert "Times are multiples of those of BPTT-chunk-1, the faster BPTT." in figure.caption
-    assert "Times" not in made(ratios(study().groups[0])).caption
-
-
-def test_nothing_is_divided_without_a_baseline_or_across_machines():
-    (alone,) = Study(title="t", runs=(run("SLTT"),)).groups
-    missing = ratios(alone)
-    assert isinstance(missing, Missing) and "no baseline: no run of BPTT" in missing.why
-    groups = study(run("SLTT", hardware={**MACHINE, "gpu": "H100"}, name="gpu")).groups
-    assert isinstance(ratios(groups[1]), Missing)
-    assert (
-        all(row[0] == "SLTT" for row in made(ratios(groups[0])).table.rows)
-        and len(groups[0].runs) == 4
-    )
-
-
 def test_pareto():
     assert pareto({"a": (1, 1), "b": (2, 2), "c": (2, 1), "d": (3, 2)}) == ["a", "b"]
     assert pareto({"a": (1, 1), "same": (1, 1)}) == ["a", "same"]

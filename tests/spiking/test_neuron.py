@@ -206,13 +206,6 @@ def test_the_comparison_moves_no_surrogate(kernel):
         assert x_TB[g_TB == 1].tolist() == [0.5, 0.75, 1.0, 1.25, 1.5]
 
 
-def test_IF_forgets_nothing():
-    """In a batch. The next one starts at rest."""
-    lif, x_TB = IF(), torch.full((4, 1, 1), 0.25)
-    assert [run(lif, x_TB).flatten().tolist() for _ in range(2)] == [[0, 0, 0, 1]] * 2
-    assert IF(threshold=2.0, surrogate=Sigmoid()).threshold == 2.0
-
-
 SURROGATE = "^LIF: surrogate must have a method derivative, and must not be a torch module"
 
 

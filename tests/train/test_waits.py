@@ -74,7 +74,8 @@ class Waits(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        moves = name in ("_to_copy", "copy_") and args[-1 if name == "copy_" else 0].device != META
+        of_host = name in ("_to_copy", "copy_") and args[name == "copy_"].device != META
+        moves = of_host and not (kwargs or {}).get("non_blocking")
         if name in (*self.READS, *self.SOLVERS) or (moves and result.device == META):
             self.add(name)
         return result
