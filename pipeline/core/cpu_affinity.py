@@ -1,4 +1,4 @@
-"""CPU affinity of a worker: reserved cores, or the cores near its GPU.
+"""CPU affinity of a worker: reserved cores.
 
 Reserved cores keep runs of one machine from competing for the same cores. A worker reserves a
 physical core with all of its logical cores, because SMT siblings share arithmetic units. It
@@ -13,15 +13,11 @@ import re
 import tempfile
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-
-import pynvml
-import torch
 
 from pipeline.core.errors import UserError
 
-_MASKS = 128  # masks of 64 logical cores each, for the 8192 cores that Linux allows
 TIMEOUT_S = 30.0  # why wait: a worker of an ended run may still hold its cores
 
 
@@ -56,35 +52,6 @@ def reserve_cores(
     cores, locks = reserved
     with locks, _affinity_to(set(cores)):
         yield cores
-
-
-def near_cores(device: torch.device, *, at_least: int) -> AbstractContextManager[None]:
-    """Keep all threads of this process on the cores of its GPU's NUMA node, inside the block.
-
-    Memory is allocated on the node of the thread that touches it first, so batches do not
-    cross the link between sockets. Nothing changes on a CPU, or on a machine with one node or
-    unknown nodes. Nothing changes either if fewer than `at_least` of this process's logical cores
-    are on the GPU's node: too few cores would cost more time than the link.
-    """
-    before = os.sched_getaffinity(0)
-    near = before & _cores_near(device) if device.type == "cuda" else before
-    return nullcontext() if near == before or len(near) < at_least else _affinity_to(near)
-
-
-def _cores_near(device: torch.device) -> set[int]:
-    """Logical cores of the card's NUMA node; empty if NVML does not know it."""
-    try:
-        pynvml.nvmlInit()
-        # CUDA numbers only the visible cards of this process. The UUID identifies the card.
-        handle = pynvml.nvmlDeviceGetHandleByUUID(
-            f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-        )
-        masks = pynvml.nvmlDeviceGetCpuAffinityWithinScope(
-            handle, _MASKS, pynvml.NVML_AFFINITY_SCOPE_NODE
-        )
-    except pynvml.NVMLError:
-        return set()
-    return {core for core in range(64 * _MASKS) if masks[core // 64] >> core % 64 & 1}
 
 
 def physical_cores(

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import distributed
 
-from pipeline.core.cpu_affinity import near_cores, reserve_cores
+from pipeline.core.cpu_affinity import reserve_cores
 from pipeline.core.errors import UserError, as_user_error
 from pipeline.core.torch_settings import configure_torch
 from pipeline.measure.clock import Clock, charge_collectives
@@ -46,7 +46,6 @@ def run(
     with ExitStack() as stack:
         if job.own_cores and ranks.device.type == "cpu":
             ranks.all_or_raise(lambda: stack.enter_context(reserve_cores(job.threads)))
-        stack.enter_context(near_cores(ranks.device, at_least=max(job.threads, job.loader_threads)))
         stack.enter_context(only_writer(folder, ranks))
         stack.enter_context(charge_collectives(clock))
         stack.enter_context(watchdog)

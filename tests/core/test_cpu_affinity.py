@@ -6,15 +6,10 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
-import pynvml
 import pytest
-import torch
 
-from pipeline.core import cpu_affinity as cores_module
 from pipeline.core.cpu_affinity import (
-    near_cores,
     physical_cores,
     reserve_cores,
 )
@@ -89,54 +84,3 @@ def test_siblings_are_one_core(
         folder.mkdir(parents=True)
         (folder / "thread_siblings_list").write_text(f"{text}\n")
     assert physical_cores(logical, topology=tmp_path) == expected
-
-
-# -------------------------------------------------------------------------------------- near a card
-
-CARD = torch.device("cuda", 0)
-EVERY = sorted(os.sched_getaffinity(0))
-
-
-def kept_on(
-    patch: pytest.MonkeyPatch, device: torch.device, near: set[int] | None, *, at_least: int = 1
-) -> list[int]:
-    """The affinity beside a card whose node has the cores `near`; None: NVML does not know it."""
-
-    def masks(handle: str, count: int, scope: int) -> list[int]:
-        if near is None:
-            raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-        return [sum(1 << core % 64 for core in near if core // 64 == at) for at in range(count)]
-
-    nvml = SimpleNamespace(
-        NVMLError=pynvml.NVMLError,
-        NVML_AFFINITY_SCOPE_NODE=pynvml.NVML_AFFINITY_SCOPE_NODE,
-        nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByUUID={"GPU-abc": "it"}.__getitem__,
-        nvmlDeviceGetCpuAffinityWithinScope=masks,
-    )
-    patch.setattr(cores_module, "pynvml", nvml)
-    patch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="abc"))
-    with near_cores(device, at_least=at_least):
-        return sorted(os.sched_getaffinity(0))
-
-
-@pytest.mark.skipif(len(EVERY) < 2, reason="one core is as near as another")
-def test_a_worker_keeps_to_the_cores_of_its_cards_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert kept_on(monkeypatch, CARD, {EVERY[-1], 5000}) == EVERY[-1:]
-    assert sorted(os.sched_getaffinity(0)) == EVERY  # the affinity is restored at the end
-
-
-@pytest.mark.parametrize(
-    ("device", "near", "at_least"),
-    [
-        pytest.param(torch.device("cpu"), {EVERY[-1]}, 1, id="a CPU"),
-        pytest.param(CARD, {EVERY[-1]}, 2, id="too few"),
-        pytest.param(CARD, {5000, 5031}, 1, id="none of this process"),
-        pytest.param(CARD, set(range(8192)), 1, id="all"),
-        pytest.param(CARD, None, 1, id="NVML does not know"),
-    ],
-)
-def test_the_affinity_stays_where_no_node_is_near(
-    device: torch.device, near: set[int] | None, at_least: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert kept_on(monkeypatch, device, near, at_least=at_least) == EVERY

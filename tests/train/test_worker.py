@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock, Mock
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -337,16 +337,11 @@ def test_what_one_of_two_ranks_alone_is_refused_ends_it_and_the_next_attempt_say
         worker.run(job, RankInfo())
 
 
-def test_a_worker_keeps_near_its_card_and_computes_in_the_recipes_precision(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    near = MagicMock()
-    monkeypatch.setattr(worker, "near_cores", near)
+def test_a_worker_computes_in_the_recipes_precision(tmp_path: Path) -> None:
     job = make_run(tmp_path / "run", small_recipe(precision="tf32"))
     said = r"recipe: precision='tf32' needs an NVIDIA card .*; got cpu"
     with pytest.raises(UserError, match=said):
-        worker.run(replace(job, threads=1, loader_threads=3), RankInfo())
-    near.assert_called_once_with(torch.device("cpu"), at_least=3)
+        worker.run(job, RankInfo())
 
 
 @pytest.mark.parametrize(
