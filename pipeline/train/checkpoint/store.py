@@ -18,24 +18,22 @@ earlier one ends at its next save, even if it runs on another machine. A driver 
 refused.
 
 A process downloads checkpoints to a folder of its own, which is deleted when the process ends. If
-the process was killed, the kernel has released the lock file beside the folder, and the next
-`CheckpointStore.sweep` deletes both.
+the process was killed, a `CheckpointStore.sweep` after a day deletes the folder.
 """
 
-import atexit
 import contextlib
 import errno
-import fcntl
 import functools
 import json
 import re
 import shutil
 import socket
+import tempfile
 import time
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.core.errors import UserError
@@ -46,10 +44,11 @@ from pipeline.train.checkpoint.manifest import MANIFEST, DamagedManifest, read_m
 
 TRAINER, OWNER = "trainer.json", "owner.json"
 WRITING = ".writing-"  # prefix of the folder in which an attempt writes a checkpoint
-_DELETING, _LOCK = ".deleting-", ".lock"
+_DELETING, _FETCHED = ".deleting-", ".fetched-"
+_DAY_S = 86400.0
 _FOLDER = re.compile(r"(?P<name>step_\d+)(?:\.(?P<earlier_saves>\d+))?(?P<attempt>-.+)?")
-# by staging folder: the lock file beside the folder to which this process downloads
-_locks: dict[Path, IO[str]] = {}
+# by staging folder: the folder to which this process downloads
+_downloads: dict[Path, tempfile.TemporaryDirectory[str]] = {}
 
 
 class CheckpointError(UserError):
@@ -202,7 +201,10 @@ class CheckpointStore:
                 shutil.rmtree(abandoned, ignore_errors=True)
         for marker in self.staging.glob(f"{MARKER}*"):
             marker.unlink(missing_ok=True)
-        sweep_fetched(self.staging)
+        for download in self.staging.glob(f"{_FETCHED}*"):
+            with contextlib.suppress(FileNotFoundError):  # its process has just ended
+                if time.time() - download.stat().st_mtime > _DAY_S:
+                    shutil.rmtree(download, ignore_errors=True)
         current = {folder[0] for folder in self._complete().values()}
         for folder in self._folders():
             if folder[0] not in current:
@@ -438,32 +440,11 @@ class WithOSErrors:
 
 
 def own_folder(staging: Path) -> Path:
-    """An empty folder in `staging` to which this process downloads. It is deleted when the process
-    ends, or by `sweep_fetched` if the process was killed.
-    """
-    if staging not in _locks:
-        staging.mkdir(parents=True, exist_ok=True)
-        handle = (staging / f".fetched-{uuid.uuid4().hex}{_LOCK}").open("w")
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        _locks[staging] = handle
-        atexit.register(_remove_fetched, Path(handle.name))
-    folder = Path(_locks[staging].name).with_suffix("")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    return folder
-
-
-def sweep_fetched(staging: Path) -> None:
-    """Delete the downloads of processes that have ended. A folder that cannot be deleted stays."""
-    for lock in staging.glob(f".fetched-*{_LOCK}"):
-        # `flock` raises BlockingIOError if the process is alive. NFS needs a file open for writing.
-        with contextlib.suppress(OSError), lock.open("r+") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _remove_fetched(lock)
-
-
-def _remove_fetched(lock: Path) -> None:
-    folder = lock.with_suffix("")
-    shutil.rmtree(folder, ignore_errors=True)
-    if not folder.exists():  # else the next sweep needs the lock file to find the folder
-        lock.unlink(missing_ok=True)
+    """An empty folder in `staging` to which this process downloads, until it calls this again."""
+    if staging in _downloads:
+        _downloads.pop(staging).cleanup()
+    staging.mkdir(parents=True, exist_ok=True)
+    _downloads[staging] = tempfile.TemporaryDirectory(
+        prefix=_FETCHED, dir=staging, ignore_cleanup_errors=True
+    )
+    return Path(_downloads[staging].name)
