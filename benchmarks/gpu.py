@@ -30,8 +30,8 @@ from pipeline.measure.memory import (
     hardware,
     peak_device_bytes,
     reset_peak_device_bytes,
+    unusable_gpus,
 )
-from pipeline.measure.unusable_gpus import unusable_gpus
 from pipeline.recipe import Recipe, Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT

@@ -150,7 +150,7 @@ try_imports() {
 tell_unusable_cards() {
     local found
     [[ -d pipeline ]] || return 0
-    found=$("$VENV/bin/python" -c 'from pipeline.measure.unusable_gpus import unusable_gpus; print(unusable_gpus() or "")')
+    found=$("$VENV/bin/python" -c 'from pipeline.measure.memory import unusable_gpus; print(unusable_gpus() or "")')
     [[ -z $found ]] || say "$found"
 }
 

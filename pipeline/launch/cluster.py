@@ -11,7 +11,7 @@ from pipeline.core.checks import is_count, refuse_unless_counts, require
 from pipeline.core.errors import DataError, UserError
 from pipeline.core.units import counted
 from pipeline.launch.ray_cluster import NodeLoss
-from pipeline.measure.unusable_gpus import unusable_gpus
+from pipeline.measure.memory import unusable_gpus
 from pipeline.recipe.spec import arguments_of
 from pipeline.train.checkpoint import refuse_credentials
 from pipeline.train.elastic import format_sizes

@@ -39,7 +39,7 @@ from pipeline.launch.ray_cluster import (
     innermost,
     worker_environment,
 )
-from pipeline.measure.unusable_gpus import unusable_gpus
+from pipeline.measure.memory import unusable_gpus
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.mlflow_store import connect, is_server, reason, sqlite_file, without_password
 from pipeline.train.checkpoint import absolute, folder_of
@@ -346,7 +346,7 @@ def _version(package: str) -> str:
 def _check_gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[Finding]]:
 
     if (unusable := unusable_gpus()) is not None:
-        return (), [Finding("gpus", "bad", unusable.problem, unusable.advice)]
+        return (), [Finding("gpus", "bad", unusable)]
     advice = (
         "read nvidia-smi and the kernel's log on the node; repair the GPU, or train without the"
         " node"

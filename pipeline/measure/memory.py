@@ -13,7 +13,9 @@ Source: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst of Linu
 
 import os
 import platform
+import re
 import resource
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,6 +25,8 @@ import torch
 
 from pipeline.core.units import counted
 from pipeline.spiking.kernels.operators import kernels_of
+
+DEVICES = Path("/dev")  # the driver has a file for each GPU there
 
 # ----------------------------------------------------------------------------------------- process
 
@@ -59,6 +63,31 @@ def rss_bytes() -> int:
 
 
 # ------------------------------------------------------------------------------------------ device
+
+
+def unusable_gpus() -> str | None:
+    """The reason why torch cannot use the GPUs of this machine, and the remedy, in one line.
+
+    None if torch can use them, if there are none, or if CUDA_VISIBLE_DEVICES hides them. Ray counts
+    GPUs through NVML, which works with every driver. Without this check, workers would get GPUs and
+    fail.
+    """
+    # CUDA uses the GPUs before the first unknown name, so "", -1 and Slurm's NoDevFiles hide all.
+    if re.match(r"\d|GPU-|MIG-", os.environ.get("CUDA_VISIBLE_DEVICES", "0")) is None:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own message of several lines
+        if torch.cuda.is_available():
+            return None
+    gpus = len(list(DEVICES.glob("nvidia[0-9]*")))
+    if not gpus:
+        return None
+    return (
+        f"torch {torch.__version__}, for CUDA {torch.version.cuda or '(none)'}, cannot use the"
+        f" {counted(gpus, 'GPU')} here; compare with the driver's CUDA in nvidia-smi: update the"
+        " driver, install a torch for it (https://pytorch.org/get-started), or train on the CPU"
+        " (--device cpu); a container needs NVIDIA_DRIVER_CAPABILITIES=compute,utility"
+    )
 
 
 def device_here() -> torch.device:

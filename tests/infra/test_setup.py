@@ -85,7 +85,7 @@ def test_cards_that_torch_cannot_use_are_told_of_and_no_failure(clone: Path) -> 
     said = "def unusable_gpus():\n    return 'install driver 580 or newer'\n"
     for package in (measure.parent, measure):
         (package / "__init__.py").touch()
-    (measure / "unusable_gpus.py").write_text(said)
+    (measure / "memory.py").write_text(said)
     done = set_up(clone)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.splitlines().count("setup: install driver 580 or newer") == 1

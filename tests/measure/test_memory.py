@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pipeline.measure import memory
 from pipeline.measure.memory import (
     free_bytes,
     hardware,
@@ -410,3 +411,33 @@ def test_resident_memory_grows_with_time_steps_as_saved_bytes_do() -> None:
     assert of_sltt == 0 and of_bptt > 1e8
     assert resident_of_bptt == pytest.approx(of_bptt, rel=0.1)
     assert resident_of_sltt < 0.1 * of_bptt
+
+
+@pytest.mark.parametrize(
+    ("visible", "cards", "usable", "refused"),
+    [
+        (None, 8, False, True),
+        (None, 8, True, False),
+        (None, 0, False, False),
+        *((hidden, 8, False, False) for hidden in ("", "-1", "NoDevFiles")),
+        *((shown, 8, False, True) for shown in ("0", "GPU-8932f937")),
+    ],
+)
+def test_gpus_that_torch_cannot_use(
+    visible: str | None,
+    cards: int,
+    usable: bool,
+    refused: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("nvidiactl", "nvidia-uvm", *(f"nvidia{index}" for index in range(cards))):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(memory, "DEVICES", tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: usable)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = memory.unusable_gpus()
+    assert (found is not None) == refused
+    assert found is None or f"cannot use the {cards} GPUs here" in found
