@@ -3,13 +3,12 @@
 A table has as many columns as fit into the terminal. The other columns follow in further tables
 below it, and each of these repeats the key columns (the run's name, the rule). A sentence is
 wrapped between words. Text to be copied, such as a command, a path or a run's name, is never
-broken. If it is longer than the terminal's width, it has a line of its own.
+broken. In a sentence that is longer than the terminal's width, it has a line of its own.
 """
 
-import math
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -21,8 +20,7 @@ from rich.text import Text
 # suite's report, wraps at this width.
 NO_WIDTH = 10_000
 _GAP = "  "  # between columns
-_MAX_LINES = 3  # a wrapped column is at least as wide as its longest text divided by this
-_MAX_MINIMUM = 28  # this minimum is never larger
+_PROSE_WIDTH = 28  # of a wrapped column in a terminal
 _NO_BREAK = "\ue000"  # replaces a space that must not end a line
 
 
@@ -113,131 +111,55 @@ def print_table(
 
     Args:
         columns: columns, or titles of text columns.
-        rows: cells. A cell may have several lines, which are joined in piped output. A tab in a
-            cell becomes a gap if one table holds all columns, otherwise a line break.
+        rows: cells. A cell may have several lines, separated by line breaks or tabs. Piped output
+            has them side by side.
         title: the text above the first table.
-        keys: the number of leading columns that each further table repeats. With two or more, a
-            terminal shows a repeated value of the first column only once.
+        keys: the number of leading columns that each further table repeats.
     """
     if title:
         say(console, title, style="italic")
-    table_columns = [Column(each) if isinstance(each, str) else each for each in columns]
-    texts = [list(row) for row in rows]
-    line_break = "\n" if has_width(console) else _GAP
-    # The first table has gaps in place of tabs. If it is too wide, the second has line breaks.
-    for tab in (_GAP, "\n"):
-        cells = [
-            [text.replace("\t", tab).replace("\n", line_break) for text in row] for row in texts
-        ]
-        table = _Table(table_columns, cells, keys, _console_width(console))
-        if len(table.parts) == 1 and not table.is_stacked:
-            break
-    for index, part in enumerate(table.parts):
-        if index:
+    table = [Column(each) if isinstance(each, str) else each for each in columns]
+    body = [
+        [_cell_lines(text, each.wraps, console) for text, each in zip(row, table, strict=True)]
+        for row in rows
+    ]
+    title_width = _longest_word if has_width(console) else cell_len
+    widths = [
+        max(title_width(each.title), *(cell_len(line) for row in body for line in row[index]), 0)
+        for index, each in enumerate(table)
+    ]
+    heads = [_wrap(each.title, width) for each, width in zip(table, widths, strict=True)]
+    height = max(map(len, heads))
+    heads = [[""] * (height - len(head)) + head for head in heads]  # aligned at the bottom
+    for number_of_part, part in enumerate(_parts(widths, keys, _console_width(console))):
+        if number_of_part:
             console.print()
-        for line in table.lines(part):
-            _print(console, line)
+        for cells, style in ((heads, "bold"), *((row, "") for row in body)):
+            for pieces in zip_longest(*(cells[index] for index in part), fillvalue=""):
+                aligned = (
+                    _align(piece, widths[index], table[index].align_right)
+                    for piece, index in zip(pieces, part, strict=True)
+                )
+                _print(console, Text(_GAP.join(aligned).rstrip(), style))
 
 
-class _Table:
-    """The columns of each part of a table, and whether the keys are above the values.
+def _cell_lines(text: str, wraps: bool, console: Console) -> list[str]:
+    if not has_width(console):
+        return [text.replace("\t", _GAP).replace("\n", _GAP)]
+    lines = text.replace("\t", "\n").split("\n")
+    return [piece for line in lines for piece in (_wrap(line, _PROSE_WIDTH) if wraps else [line])]
 
-    `_full`, `_unwrapped` and `_minimum` are lists with one width per column: if nothing is wrapped,
-    if only its title is wrapped, and the minimum.
-    """
 
-    def __init__(
-        self, columns: Sequence[Column], rows: Sequence[Sequence[str]], keys: int, width: int
-    ) -> None:
-        self._columns, self._rows, self._keys, self._width = columns, rows, keys, width
-        cells_by_column = [
-            (each, "\n".join(cells)) for each, *cells in zip(columns, *rows, strict=True)
-        ]
-        self._full = [
-            max(cell_len(each.title), _longest_line(cells)) for each, cells in cells_by_column
-        ]
-        self._unwrapped = [
-            max(_longest_word(each.title), _longest_line(cells)) for each, cells in cells_by_column
-        ]
-        self._minimum = [
-            min(
-                max(
-                    _longest_word(f"{each.title} {cells}"),
-                    min(math.ceil(unwrapped / _MAX_LINES), _MAX_MINIMUM),
-                ),
-                width - len(_GAP),
-            )
-            if each.wraps
-            else unwrapped
-            for (each, cells), unwrapped in zip(cells_by_column, self._unwrapped, strict=True)
-        ]
-        # The keys stand above the values in two cases. Either a column does not fit beside them. Or
-        # they take more than half of the width, more than two tables are needed, and fewer with the
-        # keys above.
-        key_width = _sum_widths(self._minimum[:keys])
-        beside = self._pack(width - key_width - len(_GAP))
-        above = self._pack(width - len(_GAP))
-        fits = key_width + len(_GAP) + max(self._minimum[keys:], default=0) <= width
-        saves_tables = key_width > width // 2 and len(beside) > 2 and len(above) < len(beside)
-        self.is_stacked = not fits or saves_tables
-        self.parts = above if self.is_stacked else beside
-
-    def _pack(self, room: int) -> list[list[int]]:
-        """The columns without the keys, in order, with as many per part as fit."""
-        parts: list[list[int]] = [[]]
-        for index in range(self._keys, len(self._columns)):
-            if (
-                parts[-1]
-                and _sum_widths(self._minimum[each] for each in (*parts[-1], index)) > room
-            ):
-                parts.append([])
-            parts[-1].append(index)
-        return parts
-
-    def _widths(self, shown: Sequence[int], room: int) -> list[int]:
-        """The width of each column: its full width if all columns fit, otherwise its minimum.
-
-        In the second case the wrapped columns share the remaining width.
-        """
-        full, unwrapped, widths = (
-            [of_column[index] for index in shown]
-            for of_column in (self._full, self._unwrapped, self._minimum)
-        )
-        if _sum_widths(full) <= room:
-            return full
-        for _ in range(room - _sum_widths(widths)):
-            narrow = max(range(len(shown)), key=lambda at: unwrapped[at] / max(1, widths[at]))
-            widths[narrow] = min(widths[narrow] + 1, unwrapped[narrow])
-        return widths
-
-    def lines(self, part: Sequence[int]) -> Iterator[Text]:
-        """The lines of one part: its titles, aligned at the bottom, and its rows."""
-        indent = _GAP if self.is_stacked else ""
-        shown = part if self.is_stacked else [*range(self._keys), *part]
-        widths = self._widths(shown, self._width - len(indent))
-        rights = [self._columns[index].align_right for index in shown]
-
-        def lines_of(row: Sequence[str], *, at_bottom: bool = False) -> Iterator[str]:
-            if self.is_stacked:
-                yield from _wrap(_GAP.join(row[: self._keys]), self._width)
-            blocks = [
-                [piece for line in row[index].split("\n") for piece in _wrap(line, width)]
-                for index, width in zip(shown, widths, strict=True)
-            ]
-            height = max(map(len, blocks), default=0) if at_bottom else 0
-            blocks = [[""] * (height - len(block)) + block for block in blocks]
-            for pieces in zip_longest(*blocks, fillvalue=""):
-                yield (indent + _GAP.join(map(_align, pieces, widths, rights))).rstrip()
-
-        for line in lines_of([each.title for each in self._columns], at_bottom=True):
-            yield Text(line, "bold")
-        is_terminal = self._width < sys.maxsize
-        shares_keys = is_terminal and self._keys > 1 and not self.is_stacked
-        first = None
-        for row in self._rows:
-            is_repeated = shares_keys and row[0] == first
-            first = row[0]
-            yield from map(Text, lines_of(["", *row[1:]] if is_repeated else row))
+def _parts(widths: Sequence[int], keys: int, room: int) -> list[list[int]]:
+    """The columns of each table: the keys, and as many others as fit, at least one."""
+    parts = [[*range(keys)]]
+    for index in range(keys, len(widths)):
+        shown = [*parts[-1], index]
+        width = sum(widths[each] for each in shown) + len(_GAP) * (len(shown) - 1)
+        if width > room and len(parts[-1]) > keys:
+            parts.append([*range(keys)])
+        parts[-1].append(index)
+    return parts
 
 
 def _console_width(console: Console) -> int:
@@ -260,16 +182,6 @@ def _wrap(text: str, width: int, whole: Iterable[str] = ()) -> list[str]:
 
 def _longest_word(text: str) -> int:
     return max(map(cell_len, text.split()), default=0)
-
-
-def _longest_line(text: str) -> int:
-    return max(map(cell_len, text.split("\n")))
-
-
-def _sum_widths(widths: Iterable[int]) -> int:
-    """The total width of columns side by side, including the gaps."""
-    widths = list(widths)
-    return sum(widths) + len(_GAP) * (len(widths) - 1)
 
 
 def _align(text: str, width: int, align_right: bool = False) -> str:
