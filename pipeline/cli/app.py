@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from pipeline.cli import doctor, forecast, launch, network, report, track, write
+from pipeline.cli import forecast, launch, network, report, track, write
 from pipeline.cli.options import Commands
 from pipeline.core.files import is_for_the_user
 
@@ -23,7 +23,7 @@ app = Commands(
     ),
     epilog="Example: spiketrain launch recipes/compare/fashion_demo.py --workers 2",
 )
-for group in (launch, network, report, forecast, write, track, doctor):
+for group in (launch, network, report, forecast, write, track):
     app.add_typer(group.commands)
 
 # typer 0.29 has its own copy of click; older releases import click.

@@ -1,5 +1,8 @@
-"""`spiketrain sync` and `register`: fill MLflow's tracking store, and its model registry."""
+"""`spiketrain sync` and `register` fill MLflow's tracking store and its model registry; `doctor`
+checks what a training needs.
+"""
 
+import sys
 from typing import Annotated, Literal
 
 import typer
@@ -77,3 +80,36 @@ def register(
         f"{folder.name} -> models:/{name}@{which}, version {version}:"
         f" {checkpoint.resolve().as_uri()}"
     )
+
+
+@commands.command(epilog="Example: spiketrain doctor --address auto --runs /shared/runs")
+def doctor(
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            help=(
+                "address of the Ray cluster to check, such as auto or host:6379; local, the"
+                " default, is this machine"
+            ),
+        ),
+    ] = None,
+    runs: Runs = RUNS,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(
+            "--checkpoints",
+            metavar="DIR|URI",
+            help="folder or address of checkpoints; each node tries to write there",
+        ),
+    ] = None,
+) -> None:
+    """Check this machine, or each node of the cluster at --address, and advise what to repair.
+
+    The exit code is 1 if a training run would fail, or if MLflow cannot be used.
+    """
+    from pipeline.launch.preflight import preflight, print_findings
+
+    findings = preflight(runs, address=address, checkpoints=checkpoints)
+    print_findings(findings)
+    sys.exit(any(each.state == "bad" for each in findings))

@@ -111,8 +111,8 @@ def print_table(
 
     Args:
         columns: columns, or titles of text columns.
-        rows: cells. A cell may have several lines, separated by line breaks or tabs. Piped output
-            has them side by side.
+        rows: cells. A cell may have several lines, which piped output has side by side. A tab is a
+            gap as between columns.
         title: the text above the first table.
         keys: the number of leading columns that each further table repeats.
     """
@@ -144,9 +144,10 @@ def print_table(
 
 
 def _cell_lines(text: str, wraps: bool, console: Console) -> list[str]:
+    text = text.replace("\t", _GAP)
     if not has_width(console):
-        return [text.replace("\t", _GAP).replace("\n", _GAP)]
-    lines = text.replace("\t", "\n").split("\n")
+        return [text.replace("\n", _GAP)]
+    lines = text.split("\n")
     return [piece for line in lines for piece in (_wrap(line, _PROSE_WIDTH) if wraps else [line])]
 
 
