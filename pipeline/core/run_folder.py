@@ -11,7 +11,7 @@ class RunFolder:
         self.path = Path(path)
         # Written by the launch
         self.recipe = self.path / "recipe.json"
-        self.code = self.path / "code.json"  # hashes of the user's modules that the recipe names
+        self.code = self.path / "code.json"  # folders of the user's packages that the recipe names
         self.job = self.path / "job.json"  # what the workers need in addition to the recipe
         self.cluster = self.path / "cluster.json"  # the options of the launch
         self.launch_log = self.path / "launch.log"  # output of the driver, for runs side by side

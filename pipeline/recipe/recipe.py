@@ -562,9 +562,9 @@ class Recipe(_Fields):
             ValueError: the file does not exist, or as `from_json`.
         """
         try:
-            packages = own_code.read(path.parent) if trust else {}
-            with own_code.importable(packages, trust, owner=path.absolute().parent.name):
-                return cls.from_json(read_json(path), trust=trust)
+            if trust:
+                own_code.make_importable(own_code.read(path.parent), trust)
+            return cls.from_json(read_json(path), trust=trust)
         except ValueError as error:
             raise ValueError(f"{path.parent}: {error}") from error
 

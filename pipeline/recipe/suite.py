@@ -386,9 +386,9 @@ class SuiteFile:
             ValueError: suite.json does not exist, or as `from_json`.
         """
         try:
-            value, name = read_json(folder / FILE), folder.absolute().name
-            with own_code.importable(own_code.read(folder) if trust else {}, trust, owner=name):
-                return cls.from_json(value, own=name, trust=trust)
+            if trust:
+                own_code.make_importable(own_code.read(folder), trust)
+            return cls.from_json(read_json(folder / FILE), own=folder.absolute().name, trust=trust)
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 

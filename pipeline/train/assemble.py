@@ -213,7 +213,7 @@ def _read_recipe(process: Process) -> Recipe:
     recipe = ranks.all_or_raise(lambda: Recipe.read(RunFolder(job.run).recipe, trust=job.trust))
     ranks.all_or_raise(lambda: compute_in(recipe.precision, ranks.device))
     if ranks.size > 1 and job.trust:
-        digest = ranks.all_or_raise(lambda: own_code.digest(Path(job.run), job.trust))
+        digest = ranks.all_or_raise(lambda: own_code.digest(job.trust))
         check_same_code(
             host, digest, gather=ranks.all_gather_object, of=f"the {', '.join(job.trust)}"
         )

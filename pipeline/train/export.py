@@ -11,8 +11,8 @@
 
 The metadata contain the format, the version, the layout, the recipe's `model` as JSON, its
 `time_steps`, the names of its classes and how pictures become its input (`pretrained`, see
-data/pictures.py), the folder and the hashes of the user's own code of the model (`code`, see
-own_code.py), and the sha256 of the other metadata and the tensors.
+data/pictures.py), the folders of the user's own code of the model (`code`, see own_code.py), and
+the sha256 of the other metadata and the tensors.
 
 A packed network computes the same as the trained one up to rounding, because folding changes the
 rounding. Rounding may change a spike if a potential and its threshold differ only in the last bits.
@@ -141,7 +141,7 @@ def export_run(
         "model": json.dumps(model),
         "time_steps": str(recipe.time_steps),
         "pretrained": json.dumps(pretrained(folder, recipe).to_json()),
-        **({"code": json.dumps(own_code.describe_packages(own))} if own else {}),
+        **({"code": json.dumps(own_code.folders_of(own))} if own else {}),
     }
     write_whole(out, save(tensors, {**metadata, "sha256": _digest(metadata, tensors)}))
     return ExportedFile(
@@ -189,17 +189,14 @@ def _decoded(
 ) -> tuple[Spec, Pretrained]:
     trusted = (*TRUSTED, *trust)
     try:
-        code = (
-            own_code.packages(json.loads(metadata.get("code", "{}")), subject="code")
-            if trust
-            else {}
+        if trust:
+            code = json.loads(metadata.get("code", "{}"))
+            own_code.make_importable(own_code.checked(code, subject="code"), trust)
+        return decode(json.loads(metadata["model"]), trusted), Pretrained.from_json(
+            json.loads(metadata["pretrained"]),
+            time_steps=int(metadata["time_steps"]),
+            trusted=trusted,
         )
-        with own_code.importable(code, trust, owner=file.name):
-            return decode(json.loads(metadata["model"]), trusted), Pretrained.from_json(
-                json.loads(metadata["pretrained"]),
-                time_steps=int(metadata["time_steps"]),
-                trusted=trusted,
-            )
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 

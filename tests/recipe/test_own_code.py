@@ -61,7 +61,6 @@ def forget() -> None:
         if name.startswith(("own_nets", "own_recipe")):
             del sys.modules[name]
     sys.path[:] = [entry for entry in sys.path if not entry.endswith(("/lab", "/new"))]
-    own_code._printed.clear()
 
 
 @pytest.fixture
@@ -95,10 +94,7 @@ def test_a_package_is_trusted_once_and_where_a_part_comes_from_it() -> None:
 
 
 def test_a_run_finds_the_package_that_its_user_trusts(run: Path, lab: Path) -> None:
-    noted = json.loads((run / "code.json").read_text())
-    assert {name: (each["folder"], list(each["files"])) for name, each in noted.items()} == {
-        "own_nets": (str(lab), ["own_nets/__init__.py", "own_nets/nets.py"])
-    }
+    assert json.loads((run / "code.json").read_text()) == {"own_nets": str(lab)}
     for trust in ([], ["other", "own"]):
         with pytest.raises(ValueError, match=NOT_TRUSTED):
             Recipe.read(run / "recipe.json", trust=trust)
@@ -114,7 +110,7 @@ def test_of_what_a_folder_says_the_trusted_package_alone_joins_the_path(
 ) -> None:
     (foreign := lab.parent / "new").mkdir()
     noted = json.loads((run / "code.json").read_text())
-    noted["foreign"] = {"folder": str(foreign), "files": {}}
+    noted["foreign"] = str(foreign)
     (run / "code.json").write_text(json.dumps(noted))
     Recipe.read(run / "recipe.json", trust=OWN)
     assert str(lab) in sys.path and str(foreign) not in sys.path
@@ -159,35 +155,17 @@ def test_code_that_is_gone_is_refused_in_one_line(run: Path, lab: Path) -> None:
     )
 
 
-def test_code_that_has_changed_is_named_in_one_line_wherever_it_is(
-    run: Path, lab: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def said() -> str:
-        Recipe.read(run / "recipe.json", trust=OWN)
-        return capsys.readouterr().err
-
-    assert said() == ""
-    (lab / "own_nets" / "nets.py").write_text(NETS + "\n")
-    differs = "changed after run was launched, so results may differ"
-    assert [said(), said()] == [f"own_nets/nets.py in {lab} {differs}\n", ""]  # once
-    forget()
-    lab.rename(lab.parent / "new")
-    monkeypatch.syspath_prepend(lab.parent / "new")
-    assert said() == f"own_nets/nets.py in {lab.parent}/new {differs}\n"
-
-
 def test_workers_with_different_files_of_it_tell_each_other(run: Path, lab: Path) -> None:
     Recipe.read(run / "recipe.json", trust=OWN)
-    before = own_code.digest(run, OWN)
-    assert own_code.digest(run, OWN) == before != own_code.digest(run, [])
+    before = own_code.digest(OWN)
+    assert own_code.digest(OWN) == before != own_code.digest([])
     (lab / "own_nets" / "nets.py").write_text(NETS + "\n")
-    assert own_code.digest(run, OWN) != before
+    assert own_code.digest(OWN) != before
 
 
 def test_what_is_of_the_installation_is_noted_without_a_folder(tmp_path: Path) -> None:
-    assert own_code.describe_packages(["torch.optim", "pipeline.rules"]) == {
-        name: {"folder": None, "files": {}} for name in ("torch.optim", "pipeline.rules")
-    }
+    names = ("torch.optim", "pipeline.rules")
+    assert own_code.folders_of(names) == dict.fromkeys(names)
     own_code.write(tmp_path, [])
     assert list(tmp_path.iterdir()) == []
 
@@ -199,11 +177,8 @@ def test_a_package_without_an_init_file_and_one_module(lab: Path) -> None:
     said = "^--trust: must name a package or module that can be imported; got no_such_package$"
     with pytest.raises(ValueError, match=said):
         trust_of(made, [lab / "own_recipe.py"], ["own_nets", "no_such_package"])
-    noted = own_code.describe_packages(["own_nets", "own_recipe"])
-    assert {name: (each["folder"], list(each["files"])) for name, each in noted.items()} == {
-        "own_nets": (str(lab), ["own_nets/nets.py"]),
-        "own_recipe": (str(lab), ["own_recipe.py"]),
-    }
+    names = ("own_nets", "own_recipe")
+    assert own_code.folders_of(names) == dict.fromkeys(names, str(lab))
 
 
 @pytest.mark.parametrize(
@@ -211,10 +186,9 @@ def test_a_package_without_an_init_file_and_one_module(lab: Path) -> None:
     [
         "[",
         "[]",
-        '{"own_nets": {"folder": "lab", "files": {}}}',
-        '{"own_nets": {"folder": "/lab"}}',
+        '{"own_nets": "lab"}',
         '{"own_nets": 3}',
-        '{"--runs": {"folder": "/lab", "files": {}}}',
+        '{"--runs": "/lab"}',
     ],
 )
 def test_a_damaged_file_is_refused_in_one_line(run: Path, text: str) -> None:

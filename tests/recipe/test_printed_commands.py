@@ -14,8 +14,8 @@ def test_a_command_has_the_folder_of_runs_the_cluster_and_the_trusted_packages(
     monkeypatch.chdir(tmp_path)
     for runs in ("runs", "other runs"):
         (tmp_path / runs / "it").mkdir(parents=True)
-        packages = {name: {"folder": "/lab", "files": {}} for name in ("mysnn", "lab.own")}
-        (tmp_path / runs / "it" / "code.json").write_text(json.dumps(packages))
+        folders = dict.fromkeys(("mysnn", "lab.own"), "/lab")
+        (tmp_path / runs / "it" / "code.json").write_text(json.dumps(folders))
     trust = "--trust mysnn --trust lab.own"
     for words, expected in (
         (command("resume", Path("runs/it"), address="auto"), f"resume it --address auto {trust}"),
