@@ -35,13 +35,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.core.code_version import commit
-from pipeline.forecast.plan import Cluster, plan
+from pipeline.forecast.plan import Cluster, Plan, plan
 from pipeline.launch.cluster import Cluster as Launched
 from pipeline.launch.driver import launch_run
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe import Recipe
-from pipeline.report.forecasts import plan_errors
-from pipeline.report.results import read_run
+from pipeline.report.results import Run, read_run
 from recipes.events.moving_sltt import recipe as moving_sltt
 from recipes.fashion.dsr_if import recipe as fashion_dsr_if
 from recipes.fashion.ide import recipe as fashion_ide
@@ -56,6 +55,20 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "rates, DSR": fashion_dsr_if,
     "recordings, SLTT": moving_sltt,
 }
+
+
+def errors(planned: Plan, run: Run) -> dict[str, dict[str, float]]:
+    """Saved bytes and the seconds of a step as planned and as measured, and the relative error."""
+    [rule] = planned.rules
+    batch_size = rule.images_per_s * rule.step_s
+    pairs = {
+        "saved_bytes": (rule.saved_bytes, run.numbers["peak_saved_bytes"]),
+        "step_s": (rule.step_s, batch_size / run.numbers["images_per_s"]),
+    }
+    return {
+        name: {"planned": expected, "measured": measured, "error": expected / measured - 1}
+        for name, (expected, measured) in pairs.items()
+    }
 
 
 def main() -> None:
@@ -78,7 +91,7 @@ def main() -> None:
             run = launch_run(recipe, launched, Path(runs))
             after = plan(recipe, Cluster(workers=arguments.workers), rules=())
             trained = read_run(run)
-            off, later = plan_errors(before, trained), plan_errors(after, trained)["step_s"]
+            off, later = errors(before, trained), errors(after, trained)["step_s"]
         saved, step = off["saved_bytes"], off["step_s"]
         is_near &= saved["error"] == 0 and abs(step["error"]) <= SECONDS
         print(

@@ -199,10 +199,6 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--runs has no effect with a recipe file; got",
         ),
         (
-            "plan recipes/fashion/sltt.py --runs RUNS",
-            "plan: --runs has no effect without --against; got --runs",
-        ),
-        (
             "dashboard --store sqlite:///x.db --runs RUNS",
             "dashboard: --store names the store, so --runs has no effect; got --runs",
         ),

@@ -3,32 +3,25 @@
 import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from pipeline.cli.options import (
-    RUNS,
     Commands,
     Cores,
     Format,
     RecipeFile,
-    Runs,
     Sets,
     Tiny,
     Workers,
     count_option,
-    is_set_by_user,
     load_changed,
     number_option,
 )
 from pipeline.core.checks import parse_time_steps, require
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite
-
-if TYPE_CHECKING:
-    from pipeline.forecast.plan import Cluster
 
 NodeGbps = Annotated[
     float | None,
@@ -46,17 +39,6 @@ Samples = Annotated[
         "--samples",
         min=1,
         help="samples per epoch; default: those of the data, if the data are on this machine",
-    ),
-]
-AgainstRun = Annotated[
-    str | None,
-    typer.Option(
-        "--against",
-        metavar="RUN",
-        help=(
-            "a finished run on the same kind of machine or GPU; also print how far the plan is from"
-            " its measurements"
-        ),
     ),
 ]
 Memory = Annotated[
@@ -192,7 +174,6 @@ def sweep(
     )
 )
 def plan(
-    context: typer.Context,
     recipe: RecipeFile,
     workers: Workers = 1,
     device: Annotated[
@@ -208,8 +189,6 @@ def plan(
     cpus_per_worker: Cores = "auto",
     price: Price = None,
     samples: Samples = None,
-    against: AgainstRun = None,
-    runs: Runs = RUNS,
     format_: Format = "table",
     changes: Sets = [],  # noqa: B006
     tiny: Tiny = False,
@@ -230,10 +209,6 @@ def plan(
         f"plan: --device must be one of here, {', '.join(DEVICES)}; got {device}",
     )
     require(
-        against is not None or not is_set_by_user(context, "runs"),
-        f"plan: --runs has no effect without --against; got --runs {runs}",
-    )
-    require(
         device != "here" or (per_node, node_gbps) == (None, None),
         "plan: --per-node and --node-gbps need a GPU as --device; got --device here",
     )
@@ -247,35 +222,7 @@ def plan(
     )
     predict = partial(plan_recipe, cluster=cluster, samples=samples)
     as_json = format_ == "json"
-    if against is not None:
-        _print_plan_against_run(workload, predict, cluster, runs, against, as_json=as_json)
-        return
     _print(workload, predict, plan_inputs, plan_to_json if as_json else print_plan, as_json=as_json)
-
-
-def _print_plan_against_run(
-    workload: Recipe | Suite,
-    forecast: Callable[..., Any],
-    cluster: "Cluster",
-    runs: Path,
-    name: str,
-    *,
-    as_json: bool,
-) -> None:
-    from pipeline.report.forecasts import plan_errors, plan_to_json, print_plan, read_compared_run
-    from pipeline.report.selection import find_run
-
-    if not isinstance(workload, Recipe):
-        raise ValueError(
-            "plan: --against needs a file with one recipe; got a suite or several recipes"
-        )
-    run = read_compared_run(workload, cluster, find_run(runs, name))
-    prediction = forecast(workload)
-    errors = plan_errors(prediction, run)
-    if as_json:
-        _print_json(plan_to_json(prediction, errors))
-    else:
-        print_plan(prediction, against=errors)
 
 
 def _print(

@@ -97,7 +97,6 @@ class Device:
     watts: float
     efficiency: float = 0.4  # share of the roofline that training reaches: an assumption
     launch: float = 5e-6  # seconds from one kernel launch to the next, in Python
-    driver: str  # the name that the driver and torch report; it differs by board and memory
     source: str
 
     def busy_s(self, operations: Iterable[Operation], precision: Precision) -> float:
@@ -116,7 +115,6 @@ DEVICES = {
         memory=80e9,
         link=450e9,
         watts=700,
-        driver="NVIDIA H100 80GB HBM3",
         source="NVIDIA H100 Tensor Core GPU data sheet",
     ),
     "h200": Device(
@@ -126,7 +124,6 @@ DEVICES = {
         memory=141e9,
         link=450e9,
         watts=700,
-        driver="NVIDIA H200",
         source="NVIDIA H200 Tensor Core GPU data sheet",
     ),
     "a100": Device(
@@ -136,7 +133,6 @@ DEVICES = {
         memory=80e9,
         link=300e9,
         watts=400,
-        driver="NVIDIA A100-SXM4-80GB",
         source="NVIDIA A100 Tensor Core GPU data sheet",
     ),
     "v100": Device(
@@ -146,7 +142,6 @@ DEVICES = {
         memory=32e9,
         link=150e9,
         watts=300,
-        driver="Tesla V100-SXM2-32GB",
         source="NVIDIA V100 Tensor Core GPU data sheet",
     ),
     "rtx4090": Device(
@@ -156,7 +151,6 @@ DEVICES = {
         memory=24e9,
         link=32e9,
         watts=450,
-        driver="NVIDIA GeForce RTX 4090",
         source="NVIDIA Ada GPU architecture white paper; the link is PCIe 4.0 x16",
     ),
 }

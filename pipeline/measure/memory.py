@@ -209,14 +209,13 @@ def hardware_differences(
 ) -> list[tuple[str, Any, Any]]:
     """Differences of a worker's `hardware()` from this machine's: (name, here, there).
 
-    Threads are ignored. Cores are ignored in two cases: a worker with `own_cores` sees only the
-    cores reserved for it, and a worker on a GPU sees only the cores near the GPU.
+    Threads are ignored. Cores are ignored with `own_cores`: the worker sees only the cores that are
+    reserved for it.
     """
-    device = device_here()
-    ignored = {"threads", *(("cores",) if own_cores or device.type == "cuda" else ())}
+    ignored = {"threads", *(("cores",) if own_cores else ())}
     return [
         (name, here, machine.get(name))
-        for name, here in hardware(device).items()
+        for name, here in hardware(device_here()).items()
         if name not in ignored and here != machine.get(name)
     ]
 

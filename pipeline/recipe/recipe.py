@@ -93,7 +93,6 @@ class Role(enum.Flag):
     STUDY = enum.auto()  # all runs of one study have the same value; the study key covers it
     PER_RUN = enum.auto()  # runs of one study may have different values
     PER_ATTEMPT = enum.auto()  # attempts of one run may have different values
-    NO_STEP_COST = enum.auto()  # time and memory of one training step do not depend on the value
     TAG = enum.auto()  # a tag in MLflow, by which runs can be searched
 
 
@@ -175,10 +174,8 @@ class Evaluation(_Fields):
 
     prefix = "evaluation."
 
-    every: int = field(default=1, metadata=_role(Role.STUDY | Role.NO_STEP_COST, minimum=0))
-    samples: int | None = field(
-        default=None, metadata=_role(Role.STUDY | Role.NO_STEP_COST, minimum=1)
-    )
+    every: int = field(default=1, metadata=_role(Role.STUDY, minimum=0))
+    samples: int | None = field(default=None, metadata=_role(Role.STUDY, minimum=1))
     fidelity_every: int = field(default=0, metadata=_role(Role.PER_RUN, minimum=0))
 
 
@@ -285,10 +282,10 @@ class Recipe(_Fields):
     data: Spec = field(metadata=_role(Role.STUDY))
     objective: Spec = field(metadata=_role(Role.STUDY))
     optimizer: Spec = field(metadata=_role(Role.STUDY))
-    schedule: Spec = field(metadata=_role(Role.STUDY | Role.NO_STEP_COST))
+    schedule: Spec = field(metadata=_role(Role.STUDY))
     time_steps: int = field(metadata=_role(Role.STUDY, minimum=1))
     batch_size: int = field(metadata=_role(Role.STUDY | Role.TAG, minimum=1))
-    epochs: int = field(metadata=_role(Role.STUDY | Role.NO_STEP_COST, minimum=1))
+    epochs: int = field(metadata=_role(Role.STUDY, minimum=1))
     mixing: Spec | None = field(default=None, metadata=_role(Role.STUDY))
     teacher: Spec | None = field(default=None, metadata=_role(Role.STUDY))
     phases: tuple[Phase, ...] = field(default=(), metadata=_role(Role.STUDY))
@@ -311,16 +308,12 @@ class Recipe(_Fields):
     evaluation: Evaluation = Evaluation()
     checkpoints: Checkpointing = Checkpointing()
     log_every: int = field(default=10, metadata=_role(Role.PER_ATTEMPT, minimum=1))
-    stop_after: int | None = field(
-        default=None, metadata=_role(Role.STUDY | Role.NO_STEP_COST, minimum=1)
-    )
+    stop_after: int | None = field(default=None, metadata=_role(Role.STUDY, minimum=1))
     protocol: Literal["shared", "trial", "tuned"] = field(
-        default="shared", metadata=_role(Role.STUDY | Role.NO_STEP_COST | Role.TAG)
+        default="shared", metadata=_role(Role.STUDY | Role.TAG)
     )
-    tuned: tuple[str, ...] = field(
-        default=(), metadata=_role(Role.STUDY | Role.NO_STEP_COST | Role.TAG)
-    )
-    searched: tuple[str, ...] = field(default=(), metadata=_role(Role.STUDY | Role.NO_STEP_COST))
+    tuned: tuple[str, ...] = field(default=(), metadata=_role(Role.STUDY | Role.TAG))
+    searched: tuple[str, ...] = field(default=(), metadata=_role(Role.STUDY))
     published: tuple[tuple[int, float], ...] = field(default=(), metadata=_role(Role.PER_RUN))
     published_setting: tuple[tuple[str, int | float | str], ...] = field(
         default=(), metadata=_role(Role.PER_RUN)

@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,20 +13,17 @@ from pipeline.core.printing import Column, new_console, number, print_fields, pr
 from pipeline.core.units import counted
 from pipeline.data.base import DataError
 from pipeline.forecast.bench import RESERVE, Cost
-from pipeline.forecast.plan import Cluster, Plan
+from pipeline.forecast.plan import Plan
 from pipeline.forecast.probe import Measured, Probe
 from pipeline.forecast.probe import advice as probe_advice
 from pipeline.forecast.step_counts import describe_steps
 from pipeline.forecast.sweep import Sweep
-from pipeline.measure.memory import format_hardware, hardware_differences
+from pipeline.measure.memory import format_hardware
 from pipeline.recipe import BASELINE, is_baseline
-from pipeline.recipe.json import differing, listed
-from pipeline.recipe.recipe import Recipe, Role, select
+from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite, references, refuse_references
 from pipeline.report.compare import finite
-from pipeline.report.results import ReportError, Run, read_run
 from pipeline.report.rule_comparison import Comparison
-from pipeline.report.selection import differing_conditions
 from pipeline.train.backend.deepspeed import config
 from pipeline.train.build import check_recipe, with_placeholder_weights
 from pipeline.train.tasks import fingerprint_of
@@ -393,14 +389,8 @@ def _sweep_notes(sweep: Sweep) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------- plan
 
 
-def print_plan(
-    plan: Plan, *, against: Mapping[str, Any] | None = None, console: Console | None = None
-) -> None:
-    """Print one line per rule, the basis of the figures, and the fastest rule.
-
-    Args:
-        against: the result of `plan_errors` for a finished run; None: nothing is compared.
-    """
+def print_plan(plan: Plan, *, console: Console | None = None) -> None:
+    """Print one line per rule, the basis of the figures, and the fastest rule."""
     console = console or new_console()
     rows: list[Row] = []
     for planned in plan.rules:
@@ -436,29 +426,14 @@ def print_plan(
         say(console, f"not in the table: {reason}")
     say(console, basis(plan))
     say(console, advice(plan))
-    if against is not None:
-        saved, step = against["saved_bytes"], against["step_s"]
-        text = (
-            f"Compared with the run {against['run']} of {against['rule']}: saved bytes"
-            f" {saved['planned'] / 1e6:.4g} MB planned, {saved['measured'] / 1e6:.4g} MB measured,"
-            f" error {saved['error']:+.1%}; step time {step['planned'] * 1e3:.4g} ms planned,"
-            f" {step['measured'] * 1e3:.4g} ms measured, error {step['error']:+.1%}."
-        )
-        if against["own_cores"]:
-            text += (
-                " The run had its own cores. A plan ignores runs on the other cores, which share"
-                " the memory."
-            )
-        say(console, text)
 
 
-def plan_to_json(plan: Plan, against: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def plan_to_json(plan: Plan) -> dict[str, Any]:
     return {
         "kind": _ESTIMATED,
         **asdict(plan),
         "basis": basis(plan),
         "advice": advice(plan),
-        "against": against,
     }
 
 
@@ -514,96 +489,3 @@ def advice(plan: Plan) -> str:
     if smallest is not best:
         text += f" {smallest.rule} needs the least memory, {smallest.memory_bytes / 1e9:.3g} GB."
     return f"{text} Only training shows the accuracy of a rule."
-
-
-# ---------------------------------------------------------------------------------- a plan's errors
-
-
-def read_compared_run(recipe: Recipe, cluster: Cluster, folder: Path) -> Run:
-    """Read the run that a plan of `recipe` on `cluster` is compared with.
-
-    Raises:
-        ReportError: a file of the run is damaged; the run has not finished, or has no measured
-            speed or saved bytes; its training conditions changed during the run; or its recipe,
-            machine or workers differ from the plan's.
-    """
-    run = read_run(folder)
-    if not run.value("images_per_s") or not run.value("peak_saved_bytes"):
-        raise ReportError(
-            "plan: --against must be a finished run with measured images_per_s and"
-            f" peak_saved_bytes; got {folder.name}"
-        )
-    conditions, *later = run.trained_on
-    if later:
-        raise ReportError(
-            "plan: --against must be a run with the same training conditions from start to end;"
-            f" {folder.name} changed {listed(differing_conditions([conditions], later))}"
-        )
-    hardware = conditions["hardware"]
-    differences = [*differing("workers", cluster.workers, conditions["world_size"])]
-    if cluster.device is not None:  # a plan for a card excludes the card's host
-        differences += differing("card", cluster.device.driver, hardware["gpu"])
-    else:
-        differences += [
-            (f"hardware.{name}", *values)
-            for name, *values in hardware_differences(hardware, own_cores=conditions["own_cores"])
-        ]
-        differences += differing("cpus-per-worker", cluster.threads, hardware["threads"])
-    recipes = (
-        select(fields, lambda role: Role.STUDY in role and Role.NO_STEP_COST not in role)
-        for fields in (recipe.resolved().to_json()["recipe"], run.recipe)
-    )
-    _refuse_if([*differences, *differing("", *recipes)], run)
-    return run
-
-
-def plan_errors(plan: Plan, run: Run) -> dict[str, Any]:
-    """The errors of a plan for the rule that trained a finished run, as JSON values.
-
-    Saved bytes and the seconds of a step are given as planned, as measured, and as relative error,
-    which is positive if the plan was too high. A step is the mean over steady batches. The first
-    batch of each start and batches with counted bytes or operations are not steady. `own_cores`
-    is whether the run had its own cores.
-
-    Raises:
-        ReportError: the plan lacks the rule, has another rule of the same label, or has another
-            micro-batch than the run.
-    """
-    planned = next((each for each in plan.rules if each.rule == run.rule), None)
-    if planned is None:
-        raise ReportError(
-            "plan: --against must be a run of a planned rule"
-            f" ({', '.join(each.rule for each in plan.rules) or 'none'}); got {run.rule} in"
-            f" {run.folder.name}"
-        )
-    conditions, summary = run.trained_on[-1], run.summary or {}
-    _refuse_if(
-        [
-            *differing("rule", {**planned.written}, run.recipe["rule"]),
-            *differing("micro_batch", planned.micro_batch, conditions["micro_batch"]),
-        ],
-        run,
-    )
-    batch_size = planned.images_per_s * planned.step_s
-    pairs = {
-        "saved_bytes": (planned.saved_bytes, summary["peak_saved_bytes"]),
-        "step_s": (planned.step_s, batch_size / summary["images_per_s"]),
-    }
-    return {
-        "run": run.folder.name,
-        "rule": planned.rule,
-        "own_cores": conditions["own_cores"],
-        **{
-            name: {"planned": expected, "measured": measured, "error": expected / measured - 1}
-            for name, (expected, measured) in pairs.items()
-        },
-    }
-
-
-def _refuse_if(differences: Sequence[tuple[str, Any, Any]], run: Run) -> None:
-    if differences:
-        shown = "; ".join(f"{name}: {a} and {b}" for name, a, b in differences[:4])
-        raise ReportError(
-            f"plan: --against must be a run of the planned recipe and machine; {run.folder.name}"
-            f" differs from the plan in {shown}"
-        )

@@ -5,9 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,11 +14,11 @@ from pipeline.cli.forecast import _threads
 from pipeline.forecast.plan import plan
 from pipeline.forecast.probe import probe
 from pipeline.forecast.sweep import sweep
-from pipeline.recipe.recipe import Evaluation, spec, write_json
+from pipeline.recipe.recipe import spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.dsr import DSR
 from pipeline.rules.sltt import SLTT
-from tests.helpers.small import Command, Done, recipes_of, train_inline
+from tests.helpers.small import Command, Done
 
 RECIPE = """
 from tests.helpers.small import small_recipe
@@ -143,92 +141,6 @@ def test_a_plan_at_full_size_takes_less_than_a_minute_of_one_core_and_no_data() 
     assert found["samples"] is None and done.stderr.count("counting a step of") == 10
     assert planned["SLTT"]["flops"] == planned["BPTT"]["flops"] == 512_475_856_896
     assert planned["SLTT"]["saved_bytes"] < planned["BPTT"]["saved_bytes"] / 4
-
-
-@pytest.mark.full
-@pytest.mark.timeout(300)
-def test_a_plan_against_what_was_launched(
-    file: str, done: Done, spiketrain: Command, tmp_path: Path
-) -> None:
-    runs = tmp_path / "runs"
-    # a step of 12 ms: one of 1 ms is less than what a run does around it, which is not planned
-    Path(file).write_text(RECIPE.replace("model=spec(mlp, in_features=64, hidden=(16,))", ""))
-    (recipe,) = recipes_of(Path(file))
-    # 240 batches: one that the machine delays weighs little
-    long = replace(recipe, epochs=30, evaluation=Evaluation(every=0))
-    summary = train_inline(runs / "launched", long)
-    assert summary is not None
-    words = ("plan", file, "--runs", str(runs), "--against", "launched")
-    found = json.loads(done(*words, "--format", "json"))
-    off = found["against"]
-    [planned] = [each for each in found["rules"] if each["rule"] == summary["rule"]]
-    assert off["rule"] == summary["rule"]
-    assert off["saved_bytes"] == {
-        "planned": planned["saved_bytes"],
-        "measured": summary["peak_saved_bytes"],
-        "error": 0,
-    }
-    step = off["step_s"]
-    assert step["measured"] == pytest.approx(recipe.batch_size / summary["images_per_s"])
-    assert step["error"] == pytest.approx(step["planned"] / step["measured"] - 1)
-    assert 0.5 < step["planned"] / step["measured"] < 2
-    compared = "Compared with the run launched of SLTT-2: saved bytes"
-    assert compared in " ".join(done(*words).split())
-
-    written = runs / "launched" / "summary.json"
-    summary = json.loads(written.read_text())
-    [trained] = summary["trained_on"]
-
-    def with_hardware(**changes: Any) -> dict[str, Any]:
-        return {**trained, "hardware": {**trained["hardware"], **changes}}
-
-    halved, on_card = {**trained, "micro_batch": 4}, with_hardware(gpu="NVIDIA H100 80GB HBM3")
-    differs = (
-        "plan: --against must be a run of the planned recipe and machine; launched differs from the"
-        " plan in"
-    )
-    for changes, more, code, said in (
-        ({}, ("--set", "batch_size=16"), 2, f"{differs} batch_size: 16 and 8\n"),
-        # another rule of the same label
-        ({}, ("--set", "rule.rescale=False"), 2, f"{differs} rule."),
-        (
-            {"trained_on": [trained, halved]},
-            (),
-            2,
-            "plan: --against must be a run with the same training conditions from start to end;"
-            " launched changed micro_batch: 8 and 4\n",
-        ),
-        ({"trained_on": [halved]}, (), 2, f"{differs} micro_batch: 8 and 4\n"),
-        (
-            {"trained_on": [{**with_hardware(cores=1), "own_cores": True}]},
-            (),
-            0,
-            "The run had its own cores. A plan ignores runs on the other cores,",
-        ),
-        ({"trained_on": [with_hardware(cores=99)]}, (), 2, f"{differs} hardware.cores: "),
-        # it trained on cores
-        ({}, ("--device", "h100"), 2, f"{differs} card: NVIDIA H100 80GB HBM3 and none\n"),
-        ({"trained_on": [on_card]}, ("--device", "h100"), 0, "Compared with the run launched"),
-        (
-            {"trained_on": [on_card]},
-            ("--device", "a100"),
-            2,
-            f"{differs} card: NVIDIA A100-SXM4-80GB and NVIDIA H100 80GB HBM3\n",
-        ),
-        (
-            {"peak_saved_bytes": None},
-            (),
-            2,
-            "plan: --against must be a finished run with measured images_per_s and"
-            " peak_saved_bytes; got launched\n",
-        ),
-    ):
-        write_json(written, {**summary, **changes})
-        got, out, err = spiketrain(*words, *more)
-        assert got == code and said in (" ".join(out.split()) if code == 0 else err), err
-    written.unlink()
-    code, _, err = spiketrain(*words)
-    assert code == 2 and "--against must be a finished run with measured images_per_s" in err
 
 
 def test_a_worker_gets_the_cores_that_a_launch_would_give_it(

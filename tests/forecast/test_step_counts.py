@@ -202,7 +202,6 @@ CARD = Device(
     link=1.0,
     watts=1.0,
     launch=0.5,
-    driver="A CARD",
     source="this test",
 )
 
