@@ -111,27 +111,24 @@ def print_table(
 
     Args:
         columns: columns, or titles of text columns.
-        rows: cells. A cell may have several lines, which piped output has side by side. A tab is a
-            gap as between columns.
+        rows: cells. A cell may have several lines, which piped output has side by side. A tab in a
+            cell becomes a gap if one table holds all columns, otherwise a line break.
         title: the text above the first table.
         keys: the number of leading columns that each further table repeats.
     """
     if title:
         say(console, title, style="italic")
     table = [Column(each) if isinstance(each, str) else each for each in columns]
-    body = [
-        [_cell_lines(text, each.wraps, console) for text, each in zip(row, table, strict=True)]
-        for row in rows
-    ]
-    title_width = _longest_word if has_width(console) else cell_len
-    widths = [
-        max(title_width(each.title), *(cell_len(line) for row in body for line in row[index]), 0)
-        for index, each in enumerate(table)
-    ]
+    texts = [list(row) for row in rows]
+    if not has_width(console):
+        texts = [[text.replace("\n", _GAP) for text in row] for row in texts]
+    body, widths, parts = _laid_out(table, texts, keys, console, is_narrow=False)
+    if len(parts) > 1:
+        body, widths, parts = _laid_out(table, texts, keys, console, is_narrow=True)
     heads = [_wrap(each.title, width) for each, width in zip(table, widths, strict=True)]
     height = max(map(len, heads))
     heads = [[""] * (height - len(head)) + head for head in heads]  # aligned at the bottom
-    for number_of_part, part in enumerate(_parts(widths, keys, _console_width(console))):
+    for number_of_part, part in enumerate(parts):
         if number_of_part:
             console.print()
         for cells, style in ((heads, "bold"), *((row, "") for row in body)):
@@ -143,12 +140,35 @@ def print_table(
                 _print(console, Text(_GAP.join(aligned).rstrip(), style))
 
 
-def _cell_lines(text: str, wraps: bool, console: Console) -> list[str]:
-    text = text.replace("\t", _GAP)
-    if not has_width(console):
-        return [text.replace("\n", _GAP)]
-    lines = text.split("\n")
-    return [piece for line in lines for piece in (_wrap(line, _PROSE_WIDTH) if wraps else [line])]
+def _laid_out(
+    table: Sequence[Column],
+    texts: Sequence[Sequence[str]],
+    keys: int,
+    console: Console,
+    *,
+    is_narrow: bool,
+) -> tuple[list[list[list[str]]], list[int], list[list[int]]]:
+    """The lines of each cell by row and column, the width of each column, and the tables' columns.
+
+    If `is_narrow`, titles and wrapped columns are wrapped, and a tab is a line break.
+    """
+    body = [
+        [
+            [
+                piece
+                for line in text.replace("\t", "\n" if is_narrow else _GAP).split("\n")
+                for piece in (_wrap(line, _PROSE_WIDTH) if is_narrow and each.wraps else [line])
+            ]
+            for text, each in zip(row, table, strict=True)
+        ]
+        for row in texts
+    ]
+    title_width = _longest_word if is_narrow else cell_len
+    widths = [
+        max(title_width(each.title), *(cell_len(line) for row in body for line in row[index]), 0)
+        for index, each in enumerate(table)
+    ]
+    return body, widths, _parts(widths, keys, _console_width(console))
 
 
 def _parts(widths: Sequence[int], keys: int, room: int) -> list[list[int]]:
