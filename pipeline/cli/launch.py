@@ -44,6 +44,7 @@ from pipeline.cli.submit import (
     Where,
     submit_to_cluster,
 )
+from pipeline.cli.write import progress_bar
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_files import refuse_unnamed, trust_of
 from pipeline.recipe.search import join_suites, over_seeds, parse_search, with_tuning
@@ -120,6 +121,42 @@ Init = Annotated[
         metavar="RUN|FILE",
         help="start from the weights of a run or a file; short for --set init=...",
     ),
+]
+Weights = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN|FILE",
+        help="folder of a run, or its name under --runs, or a file of spiketrain export",
+    ),
+]
+Pictures = Annotated[
+    Path,
+    typer.Argument(metavar="FOLDER", help="as for write folder, or with train.beton and val.beton"),
+]
+FfcvFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--data", metavar="DIR", help="folder for the FFCV files; default: data/ and the name"
+    ),
+]
+ValShare = Annotated[
+    float | None,
+    number_option("--val", help="share that evaluates if FOLDER has no val/; default: 0.1"),
+]
+TrainedBy = Annotated[
+    Literal["sltt", "sltt-1", "ottt", "bptt"] | None,
+    typer.Option("--rule", help="default: sltt, or bptt if sltt cannot train the network"),
+]
+Trains = Annotated[
+    Literal["all", "head"], typer.Option("--trains", help="head: only the classifier")
+]
+LayerDecay = Annotated[
+    float | None,
+    number_option("--layer-decay", help="learning rate of a layer over that of the next"),
+]
+LearningRate = Annotated[float, number_option("--lr", help="highest learning rate, of AdamW")]
+PictureSize = Annotated[
+    int | None, typer.Option("--size", min=1, help="pixels a side; default: as before")
 ]
 commands = Commands()
 
@@ -257,46 +294,17 @@ def _resume_if_exists(
     epilog="Example: spiketrain finetune imagenet-sltt-20260105-120000 birds --workers 2"
 )
 def finetune(
-    context: typer.Context,
-    weights: Annotated[
-        str,
-        typer.Argument(
-            metavar="RUN|FILE",
-            help="folder of a run, or its name under --runs, or a file of spiketrain export",
-        ),
-    ],
-    pictures: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FOLDER", help="as for write folder, or with train.beton and val.beton"
-        ),
-    ],
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data", metavar="DIR", help="folder for the FFCV files; default: data/ and the name"
-        ),
-    ] = None,
-    val: Annotated[
-        float, number_option("--val", help="share that evaluates if FOLDER has no val/")
-    ] = 0.1,
-    rule: Annotated[
-        Literal["sltt", "sltt-1", "ottt", "bptt"] | None,
-        typer.Option("--rule", help="default: sltt, or bptt if sltt cannot train the network"),
-    ] = None,
-    trains: Annotated[
-        Literal["all", "head"], typer.Option("--trains", help="head: only the classifier")
-    ] = "all",
-    layer_decay: Annotated[
-        float | None,
-        number_option("--layer-decay", help="learning rate of a layer over that of the next"),
-    ] = None,
-    lr: Annotated[float, number_option("--lr", help="highest learning rate, of AdamW")] = 1e-3,
+    weights: Weights,
+    pictures: Pictures,
+    data: FfcvFolder = None,
+    val: ValShare = None,
+    rule: TrainedBy = None,
+    trains: Trains = "all",
+    layer_decay: LayerDecay = None,
+    lr: LearningRate = 1e-3,
     epochs: Annotated[int, typer.Option("--epochs", min=1)] = 10,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
-    size: Annotated[
-        int | None, typer.Option("--size", min=1, help="pixels a side; default: as before")
-    ] = None,
+    size: PictureSize = None,
     workers: Sizes = "1",
     inline: Inline = False,
     device: Device = "auto",
@@ -311,8 +319,6 @@ def finetune(
     frequent mistakes, and where the report with the worst mistakes is.
     """
     _handle_signals()
-    from pipeline.cli.write import progress_bar
-    from pipeline.data.write.images import write_folder
     from pipeline.launch.cluster import Cluster, parse_workers
     from pipeline.launch.driver import launch_run
     from pipeline.launch.finetune import finetuning, read_start, write_mistakes
@@ -321,12 +327,7 @@ def finetune(
     start = read_start(
         Path(weights) if Path(weights).is_file() else find_run(runs, weights), trust=tuple(trust)
     )
-    if (pictures / "train.beton").exists():
-        folder = pictures
-    else:
-        folder = data or Path("data") / pictures.resolve().name
-        with progress_bar(pictures.name) as bar:
-            write_folder(pictures, folder, progress=bar, existing="keep")
+    folder = _in_ffcv_files(pictures, data or Path("data") / pictures.resolve().name, val)
     recipe, reason = finetuning(
         start,
         folder.resolve(),
@@ -341,33 +342,40 @@ def finetune(
     )
     if reason:
         print(reason, file=sys.stderr)
-    run = launch_run(
-        recipe.override(parse_changes(changes)),
-        Cluster(workers=parse_workers(workers), inline=inline, device=device or "auto"),
-        runs,
-        name=name,
-        trust=tuple(trust),
-    )
-    _print_mistakes(write_mistakes(run, folder))
+    cluster = Cluster(workers=parse_workers(workers), inline=inline, device=device or "auto")
+    recipe = recipe.override(parse_changes(changes))
+    run = launch_run(recipe, cluster, runs, name=name, trust=tuple(trust))
+    _end_finetuning(run, write_mistakes(run, folder))
+
+
+def _in_ffcv_files(pictures: Path, folder: Path, val: float | None) -> Path:
+    """The folder of the FFCV files, which are written unless they exist."""
+    from pipeline.data.write.images import write_folder
+
+    if (pictures / "train.beton").exists():
+        return pictures
+    with progress_bar(pictures.name) as bar:
+        write_folder(pictures, folder, progress=bar, existing="keep")
+    return folder
+
+
+def _end_finetuning(run: Path, found: dict[str, Any]) -> None:
+    """Print how often the most frequent wrong answers were given, and write the page."""
     from pipeline.report.page import write
     from pipeline.report.suite import read_study
     from pipeline.track.mlflow import REPORT
 
-    _end_run(run)
-    print(f"page    {write(read_study(run.parent, [run.name]).study, run / REPORT)}")
-
-
-def _print_mistakes(found: dict[str, Any]) -> None:
-    """Print how often the most frequent wrong answers were given."""
     names, confusion = found["class_names"], found["confusion"]
     wrong = [
-        (count, names[target], names[answer])
+        (count, target, answer)
         for target, counts in enumerate(confusion)
         for answer, count in enumerate(counts)
         if count and target != answer
     ]
     for count, target, answer in sorted(wrong, reverse=True)[:5]:
-        print(f"mistook {target} for {answer}: {count} of {sum(confusion[names.index(target)])}")
+        print(f"mistook {names[target]} for {names[answer]}: {count} of {sum(confusion[target])}")
+    _end_run(run)
+    print(f"page    {write(read_study(run.parent, [run.name]).study, run / REPORT)}")
 
 
 @commands.command(epilog="Example: spiketrain resume fashion-sltt-20260105-120000")

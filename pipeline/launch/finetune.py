@@ -93,30 +93,14 @@ def finetuning(
 
     Raises: ValueError if the network or the options do not fit.
     """
-    class_names = manifests.read(folder / "train.beton").classes
-    model = _with_classes(start.model, len(class_names))
-    earlier = start.data.kwargs if start.data is not None and start.data.target is Beton else {}
-    require(
-        size is not None or "size" in earlier,
-        "finetune: the network was not trained on pictures in files, so --size must be given",
-    )
-    channels = earlier.get("channels", 3)
-    grey = {"mean": (0.5,), "std": (0.5,)}
-    usual = grey if channels == 1 else {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+    data = _data(start, folder, size)
+    model = _with_classes(start.model, data.kwargs["classes"])
     recipe = Recipe(
         name=name,
         family=name,
         model=model if trains == "all" else spec(frozen, network=model),
         rule=RULES[rule or "sltt"],
-        data=spec(
-            Beton,
-            folder=str(folder),
-            classes=len(class_names),
-            channels=channels,
-            size=size or earlier["size"],
-            mean=earlier.get("mean", usual["mean"]),
-            std=earlier.get("std", usual["std"]),
-        ),
+        data=data,
         objective=spec(CrossEntropy, label_smoothing=0.1),
         optimizer=spec(
             create_optimizer_v2, opt="adamw", lr=lr, weight_decay=0.05, layer_decay=layer_decay
@@ -135,6 +119,26 @@ def finetuning(
     except ValueError as error:
         return replace(recipe, rule=RULES["bptt"]), f"trained by BPTT, because {error}"
     return recipe, ""
+
+
+def _data(start: Start, folder: Path, size: int | None) -> Spec:
+    """The pictures in `folder`, of the size and with the normalisation of the earlier ones."""
+    earlier = start.data.kwargs if start.data is not None and start.data.target is Beton else {}
+    require(
+        size is not None or "size" in earlier,
+        "finetune: the network was not trained on pictures in files, so --size must be given",
+    )
+    channels = earlier.get("channels", 3)
+    mean, std = ((0.5,), (0.5,)) if channels == 1 else (IMAGENET_MEAN, IMAGENET_STD)
+    return spec(
+        Beton,
+        folder=str(folder),
+        classes=len(manifests.read(folder / "train.beton").classes),
+        channels=channels,
+        size=size or earlier["size"],
+        mean=earlier.get("mean", mean),
+        std=earlier.get("std", std),
+    )
 
 
 def _with_classes(part: Spec, classes: int) -> Spec:

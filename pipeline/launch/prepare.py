@@ -61,13 +61,13 @@ def prepare(
         folder = free_folder(runs / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}")
     else:
         folder = folder_named(runs, name)
-    data = build_data(recipe)
+    data = None if recipe.phases else build_data(recipe)
     job = Job(
         run=str(folder),
         study=study,
         data_fingerprint=fingerprint,
-        class_names=() if recipe.phases else getattr(data, "class_names", ()),
-        picture_options=None if recipe.phases else getattr(data, "picture_options", None),
+        class_names=getattr(data, "class_names", ()),
+        picture_options=getattr(data, "picture_options", None),
         commit=commit(),
         recipe=recipe.to_json(),
         parent=parent,
