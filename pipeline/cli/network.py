@@ -22,6 +22,7 @@ from pipeline.cli.options import (
     load_changed,
 )
 from pipeline.core.checks import require
+from pipeline.core.run_folder import ExportFormat
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_files import trust_of
 
@@ -100,22 +101,31 @@ def evaluate(
     )
 
 
-@commands.command(epilog="Example: spiketrain export fashion-sltt-20260105-120000")
+@commands.command(
+    epilog=(
+        "Example: spiketrain export fashion-sltt-20260105-120000; "
+        "spiketrain export fashion-sltt-20260105-120000 --format torch"
+    )
+)
 def export(
     run: RunName,
-    packed: Annotated[
-        bool,
+    format_: Annotated[
+        ExportFormat,
         typer.Option(
-            "--packed",
-            help="pack 1-bit weights, 8 to a byte; the network must have 1-bit weights",
+            "--format",
+            help=(
+                "plain: for pipeline.load; packed: the same, 1-bit weights 8 to a byte; nir: for"
+                " SpikingJelly, snnTorch and chips; torch, torch-step: for torch.export.load, all"
+                " time steps or one"
+            ),
         ),
-    ] = False,
+    ] = "plain",
     out: Annotated[
         Path | None,
         typer.Option(
             "--out",
             metavar="FILE",
-            help="a new .safetensors file; default: a file in the run's folder",
+            help="a new file; default: a file in the run's folder",
         ),
     ] = None,
     which: Annotated[
@@ -124,7 +134,7 @@ def export(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Write a trained network as one file for pipeline.load.
+    """Write a trained network as one file, for pipeline.load or for other packages.
 
     The size of the file is printed, and the line that loads it.
     """
@@ -135,7 +145,7 @@ def export(
         export_run(
             find_run(runs, run),
             out,
-            layout="packed" if packed else "plain",
+            format=format_,
             which=which,
             trust=tuple(trust),
         )

@@ -28,10 +28,10 @@ Source: Pedersen et al. 2024 (NIR, doi 10.1038/s41467-024-52259-9).
 # T time, B batch, C channels, H W pixels
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, reduce
 from graphlib import CycleError, TopologicalSorter
-from typing import Any, NoReturn
+from typing import Any
 
 import nir
 import numpy as np
@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.hooks import RemovableHandle
 
 from pipeline.core.checks import require
 from pipeline.models.parts import MeanPool, Pool
@@ -66,142 +67,142 @@ def to_nir(network: nn.Module, shape: Sequence[int]) -> nir.NIRGraph:
 
     Raises: ValueError that names a layer or an operation without an equal in NIR.
     """
-    _refuse_neurons_and_pools(network)
-    dtype = next(network.parameters()).dtype
-    x_TB = torch.zeros(1, 1, *shape, dtype=dtype)
-    trace = _Trace(network)
+    _refuse_neurons_and_max_pools(network)
+    x_TB = torch.zeros(1, 1, *shape, dtype=next(network.parameters()).dtype)
+    trace = _Trace()
     trace.add_node("input", nir.Input({"input": np.array(shape)}), [], x_TB, shape)
     with set_temporarily(network.modules(), "training", False), fresh_state(network):
         network(x_TB)
         # The second step, so that the trace shows what else a network remembers.
-        with temporary_hooks(trace.hooks()), trace:
+        with temporary_hooks(trace.hooks(network)), trace:
             y_TB = network(x_TB)
-    last = trace.node_of(y_TB, tuple(y_TB.shape[2:]), "the output")
+    last = trace.node_of(y_TB, y_TB.shape[2:], "the output")
     output = nir.Output({"output": np.array(y_TB.shape[2:])})
-    return nir.NIRGraph({**trace.nodes, "output": output}, [*trace.edges, (last, "output")])
+    trace.add_node("output", output, [last], y_TB, y_TB.shape[2:])
+    return nir.NIRGraph(trace.nodes, trace.edges)
 
 
-def _refuse_neurons_and_pools(network: nn.Module) -> None:
+def _refuse_neurons_and_max_pools(network: nn.Module) -> None:
     for name, module in network.named_modules():
-        if isinstance(module, LIF) and type(module) not in (LIF, PLIF):
-            _refuse(name, f"a {type(module).__name__} has no equal in NIR; train with LIF or IF")
-        if isinstance(module, LIF) and module.reset != "zero":
-            _refuse(name, f"NIR resets to a value; got {module.reset=}; train with reset='zero'")
-        if isinstance(module, nn.MaxPool2d):
-            _refuse(name, "NIR has no max pool; train with an average pool or a stride")
-
-
-def _refuse(name: str, reason: str) -> NoReturn:
-    raise ValueError(f"to_nir: {name or 'the network itself'}: {reason}")
+        kind = type(module).__name__
+        require(
+            not isinstance(module, LIF) or type(module) in (LIF, PLIF),
+            f"to_nir: {name}: a {kind} has no equal in NIR; train with LIF or IF",
+        )
+        require(
+            getattr(module, "reset", "zero") == "zero",
+            f"to_nir: {name}: a neuron of NIR is reset to a value; got a {kind} with reset by"
+            " subtraction; train with reset='zero'",
+        )
+        require(
+            not isinstance(module, nn.MaxPool2d),
+            f"to_nir: {name}: NIR has no max pool; train with an average pool or a stride",
+        )
 
 
 class _Trace(TorchFunctionMode):
     """Records the layers and additions of one time step of one sample as nodes of a graph."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.modules = dict(network.named_modules())
         self.nodes: dict[str, Any] = {}
         self.edges: list[tuple[str, str]] = []
-        self.shapes: dict[str, tuple[int, ...]] = {}  # of outputs, by node
-        # The node that computes a tensor. The tensor is kept, so that no other gets its id.
-        self.sources: dict[int, tuple[str, Tensor]] = {}
+        # By id of a tensor: the node that computes it, the shape of the node's output, and the
+        # tensor, so that no other tensor gets its id.
+        self.computed: dict[int, tuple[str, tuple[int, ...], Tensor]] = {}
         self.is_in_layer = False
 
-    def hooks(self) -> Any:
-        for name, module in self.modules.items():
-            node_of = next(
-                (each for kind, each in _LAYERS.items() if isinstance(module, kind)), None
-            )
-            if node_of is not None:
+    def hooks(self, network: nn.Module) -> Iterator[RemovableHandle]:
+        for name, module in network.named_modules():
+            if isinstance(module, tuple(_NODES)):
                 yield module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
-                yield module.register_forward_hook(partial(self._leave, name, node_of))
+                yield module.register_forward_hook(partial(self._leave, name))
 
-    def _enter(self, name: str, _: nn.Module, __: Any, scales: Mapping[str, float]) -> None:
+    def _enter(self, name: str, _: nn.Module, __: Any, factors: Mapping[str, float]) -> None:
         self.is_in_layer = True
-        if any(scale != 1 for scale in scales.values()):
-            _refuse(name, f"NIR's neurons have no such factors; got {dict(scales)}")
+        require(
+            all(factor == 1 for factor in factors.values()),
+            f"to_nir: {name}: neurons of NIR have no factors; got {dict(factors)}; train with batch"
+            " norm",
+        )
 
-    def _leave(
-        self, name: str, node_of: Callable[..., Any], module: nn.Module, inputs: Any, y: Tensor
-    ) -> None:
-        leading = 1 if isinstance(module, _FOLDED) else 2
-        source = self.node_of(inputs[0], inputs[0].shape[leading:], name)
+    def _leave(self, name: str, module: nn.Module, inputs: tuple[Tensor], y: Tensor) -> None:
+        (x,) = inputs
+        leading = 1 if x.dim() == 4 else 2  # a pool has one dimension for time and samples
+        source = self.node_of(x, x.shape[leading:], name)
         if isinstance(module, BatchNorm):
-            is_read = any(source == start for start, _ in self.edges)
-            if is_read or not hasattr(self.nodes[source], "weight"):
-                _refuse(name, "a batch norm must follow a synapse, as its only reader")
-            _fold(module, self.nodes[source])
+            node = self.nodes[source]
+            require(
+                hasattr(node, "weight") and all(source != read for read, _ in self.edges),
+                f"to_nir: {name}: a batch norm must follow a synapse, as its only reader",
+            )
+            _fold(module, node)
             # A later reader of the synapse without its norm is refused.
-            self.sources = {key: each for key, each in self.sources.items() if each[0] != source}
-            self.sources[id(y)] = source, y
+            others = {key: each for key, each in self.computed.items() if each[0] != source}
+            self.computed = {**others, id(y): (source, tuple(y.shape[leading:]), y)}
         else:
-            try:
-                node = node_of(module, inputs[0])
-            except ValueError as error:
-                _refuse(name, str(error))
-            self.add_node(name, node, [source], y, y.shape[leading:])
+            build = next(each for kind, each in _NODES.items() if isinstance(module, kind))
+            self.add_node(name, build(module, x), [source], y, y.shape[leading:])
         self.is_in_layer = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         y = func(*args, **(kwargs or {}))
-        inputs = [x for x in tree_leaves((args, kwargs)) if id(x) in self.sources]
+        inputs = [x for x in tree_leaves((args, kwargs)) if id(x) in self.computed]
         if inputs and isinstance(y, Tensor) and not self.is_in_layer:
-            self._add_function(func.__name__, inputs, y, args[1:], kwargs)
+            self._add_function(func.__name__, inputs, y, (*args[1:], *(kwargs or {}).values()))
         return y
 
-    def _add_function(
-        self, name: str, inputs: list[Tensor], y: Tensor, arguments: Any, kwargs: Any
-    ) -> None:
-        x = inputs[0]
-        names = [self.sources[id(each)][0] for each in inputs]
+    def _add_function(self, name: str, inputs: list[Tensor], y: Tensor, others: Any) -> None:
+        x, sources = inputs[0], [self.computed[id(each)][0] for each in inputs]
+        label, is_image = f"{sources[0]}_{name}", x.dim() == 5
         if name in _RESHAPES and y.numel() == x.numel():
-            self.sources[id(y)] = names[0], y
-        elif name == "mean" and x.dim() == 5 and arguments == ((3, 4),):
-            shape = (x.shape[2], 1, 1)
-            self.add_node(f"{names[0]}_mean", _average_pool(x.shape[3:]), names, y, shape)
-        elif name == "add" and len(inputs) == 2 and x.shape == inputs[1].shape and not kwargs:
-            if x.dim() != 5:
-                _refuse(names[0], f"it must be an image to be added; got shape {tuple(x.shape)}")
-            self.add_node(f"{names[0]}_add", _average_pool(1), names, y, x.shape[2:])
+            self.computed[id(y)] = (*self.computed[id(x)][:2], y)
+        elif name == "mean" and is_image and others == ((3, 4),):
+            pool = _average_pool(x.shape[3:])
+            self.add_node(label, pool, sources, y, (x.shape[2], 1, 1))
         else:
-            _refuse(
-                names[0],
-                f"NIR has no equal of {name!r}, which reads its output; use networks without"
-                " products of signals (attention) and factors of spikes (norm='sws')",
+            require(
+                name == "add" and is_image and len(inputs) == 2 and len(others) == 1,
+                f"to_nir: {sources[0]}: NIR has no equal of {name!r}, which reads its output; use"
+                " networks that add images, without products of signals as in attention",
             )
+            self.add_node(label, _average_pool(1), sources, y, y.shape[2:])
 
     def add_node(
-        self, name: str, node: Any, inputs: list[str], y: Tensor, shape: Sequence[int]
+        self, name: str, node: Any, sources: list[str], y: Tensor, shape: Sequence[int]
     ) -> None:
         """Add a node that computes `y`, in this shape without time and samples."""
-        name = name.replace(".", "_") or "network"
+        name = name.replace(".", "_")
         if name in self.nodes:
-            _refuse(name, "a layer must run once in a time step")
+            is_neuron = isinstance(node, (nir.LIF, nir.IF))
+            require(not is_neuron, f"to_nir: {name}: a neuron must run once in a time step")
+            name = f"{name}_{len(self.nodes)}"
         self.nodes[name] = node
-        self.edges += [(each, name) for each in inputs]
-        self.shapes[name] = tuple(shape)
-        self.sources[id(y)] = name, y
+        self.edges += [(source, name) for source in sources]
+        self.computed[id(y)] = name, tuple(shape), y
 
     def node_of(self, x: Tensor, shape: Sequence[int], reader: str) -> str:
         """The node that computes `x` in this shape, which may be a flattening."""
-        if id(x) not in self.sources:
-            _refuse(reader, "its input must be computed in this time step, by layers that NIR has")
-        source, _ = self.sources[id(x)]
-        computed = self.shapes[source]
+        require(
+            id(x) in self.computed,
+            f"to_nir: {reader}: its input must be computed in this step, by layers that NIR has",
+        )
+        source, computed, _ = self.computed[id(x)]
         if computed == tuple(shape):
             return source
-        if len(shape) != 1:
-            _refuse(reader, f"its input must not be reshaped; got {tuple(shape)} from {computed}")
-        node = nir.Flatten({"input": np.array(computed)}, start_dim=-len(computed), end_dim=-1)
-        self.add_node(f"{source}_flat", node, [source], x, shape)
+        require(
+            len(shape) == 1,
+            f"to_nir: {reader}: its input must not be reshaped from {computed} to {tuple(shape)}",
+        )
+        flatten = nir.Flatten({"input": np.array(computed)}, start_dim=-len(computed), end_dim=-1)
+        self.add_node(f"{source}_flat", flatten, [source], x, shape)
         return f"{source}_flat"
 
 
 # ----------------------------------------------------------------------------------- layer to node
 
 
-def _neuron(lif: LIF, x_TB: Tensor) -> Any:
+def _neuron(lif: LIF, x_TB: Tensor) -> nir.NIRNode:
     learnt = lif.learnt_decay()
     decay = lif.decay if learnt is None else learnt.item()
     threshold = x_TB.new_tensor(lif.threshold).numpy()
@@ -211,25 +212,17 @@ def _neuron(lif: LIF, x_TB: Tensor) -> Any:
     common: Any = {"v_threshold": full(float(threshold)), "v_reset": full(0.0)}
     if decay == 1:
         return nir.IF(r=full(1 / DT), **common)
-    tau = DT / (1 - decay)
-    r = 1.0 if lif.scale_input else tau / DT
-    return nir.LIF(tau=full(tau), r=full(r), v_leak=full(0.0), **common)
+    r = 1.0 if lif.scale_input else 1 / (1 - decay)
+    return nir.LIF(tau=full(DT / (1 - decay)), r=full(r), v_leak=full(0.0), **common)
 
 
-def _synapse(synapse: Any, x_TB: Tensor) -> Any:
+def _synapse(synapse: Any, x_TB: Tensor) -> nir.NIRNode:
     weight = effective_weight(synapse).numpy()
     bias = np.zeros(len(weight), weight.dtype) if synapse.bias is None else synapse.bias.numpy()
     if isinstance(synapse, nn.Linear):
-        return nir.Affine(weight=weight, bias=bias)
-    return nir.Conv2d(
-        input_shape=(x_TB.shape[3], x_TB.shape[4]),
-        weight=weight,
-        stride=synapse.stride,
-        padding=synapse.padding,
-        dilation=synapse.dilation,
-        groups=synapse.groups,
-        bias=bias,
-    )
+        return nir.Affine(weight, bias)
+    geometry = (synapse.stride, synapse.padding, synapse.dilation, synapse.groups)
+    return nir.Conv2d((x_TB.shape[3], x_TB.shape[4]), weight, *geometry, bias)
 
 
 def _fold(norm: BatchNorm, node: Any) -> None:
@@ -241,39 +234,36 @@ def _fold(norm: BatchNorm, node: Any) -> None:
     node.weight, node.bias = scaled.to(weight.dtype).numpy(), bias_C.to(weight.dtype).numpy()
 
 
-def _pool(pool: Any, x_NCHW: Tensor) -> Any:
-    pixels = np.array(x_NCHW.shape[2:])
+def _pool(pool: Any, x_NCHW: Tensor) -> nir.NIRNode:
     if isinstance(pool, MeanPool):
         return _average_pool(pool.size)
     if isinstance(pool, nn.AdaptiveAvgPool2d):
-        squares = np.array(_pair(pool.output_size))
+        pixels, squares = np.array(x_NCHW.shape[2:]), np.array(_pair(pool.output_size))
         require(
             not (pixels % squares).any(),
-            f"all its squares must have one size; got {squares} squares of {pixels} pixels",
+            f"to_nir: {pool}: all its squares must have one size; got {pixels} pixels",
         )
         return _average_pool(pixels // squares)
-    node = _average_pool(pool.kernel_size, pool.stride, pool.padding)
-    is_cut = (pixels + 2 * node.padding - node.kernel_size) % node.stride
     require(
-        pool.divisor_override is None
-        and (pool.count_include_pad or not node.padding.any())
-        and not (pool.ceil_mode and is_cut.any()),
-        f"NIR's pools divide by the size of a square, which is inside the padded image; got {pool}",
+        pool.divisor_override is None and (pool.count_include_pad or pool.padding in (0, (0, 0))),
+        f"to_nir: {pool}: a pool of NIR divides by the size of its square, with the padding",
     )
-    return node
+    return _average_pool(pool.kernel_size, pool.stride, pool.padding)
 
 
 def _average_pool(kernel: Any, stride: Any = None, padding: Any = 0) -> nir.AvgPool2d:
     sizes = (kernel, kernel if stride is None else stride, padding)
-    return nir.AvgPool2d(*(np.array(np.broadcast_to(size, 2)) for size in sizes))
+    return nir.AvgPool2d(*(np.array(_pair(size)) for size in sizes))
 
 
-_FOLDED = (MeanPool, nn.AvgPool2d, nn.AdaptiveAvgPool2d)  # their inputs are [N, C, H, W]
-_LAYERS: dict[Any, Callable[..., Any]] = {
+_NODES: dict[Any, Callable[..., nir.NIRNode | None]] = {
     LIF: _neuron,
-    (Conv2d, Linear): _synapse,
+    Conv2d: _synapse,
+    Linear: _synapse,
     BatchNorm: _fold,
-    _FOLDED: _pool,
+    MeanPool: _pool,
+    nn.AvgPool2d: _pool,
+    nn.AdaptiveAvgPool2d: _pool,
 }
 
 
@@ -285,20 +275,21 @@ class NIRNetwork(nn.Module):
 
     Args:
         layers: the layers by node, each after those that it reads.
-        inputs: the nodes that each node reads. Their outputs are summed.
+        sources: the nodes that each node reads. Their outputs are summed.
         last: the node whose output is that of the network.
     """
 
     def __init__(
-        self, layers: Mapping[str, nn.Module], inputs: Mapping[str, Sequence[str]], last: str
+        self, layers: Mapping[str, nn.Module], sources: Mapping[str, Sequence[str]], last: str
     ) -> None:
         super().__init__()
-        self.layers, self.inputs, self.last = nn.ModuleDict(layers), inputs, last
+        self.layers = nn.ModuleDict({key.replace(".", "_"): each for key, each in layers.items()})
+        self.order, self.sources, self.last = tuple(layers), sources, last
 
     def forward(self, x_TB: Tensor) -> Tensor:
         outputs: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():
-            read = [outputs[each] for each in self.inputs[name]] or [x_TB]
+        for name, layer in zip(self.order, self.layers.values(), strict=True):
+            read = [outputs[source] for source in self.sources[name]] or [x_TB]
             outputs[name] = layer(reduce(torch.add, read))
         return outputs[self.last]
 
@@ -306,84 +297,83 @@ class NIRNetwork(nn.Module):
 def from_nir(graph: nir.NIRGraph) -> NIRNetwork:
     """The network of a NIR graph, in evaluation mode. `nir.read(file)` reads a graph.
 
-    Supported are the layers that `to_nir` writes and linear layers without bias. Neurons of a node
-    must be equal.
+    Supported are the layers that `to_nir` writes and linear layers without bias. All neurons of a
+    node must be equal.
 
     Raises: ValueError that names a node without an equal here, a graph with a loop, or a graph
     without exactly one input and one output.
     """
-    names = {name: name.replace(".", "_") for name in graph.nodes}
-    inputs: dict[str, list[str]] = {name: [] for name in names.values()}
-    for source, reader in graph.edges:
-        inputs[names[reader]].append(names[source])
     ends = len(graph.inputs), len(graph.outputs)
     require(ends == (1, 1), f"from_nir: the graph must have one input and one output; got {ends}")
-    nodes = {names[name]: node for name, node in graph.nodes.items()}
+    sources = {
+        name: [source for source, reader in graph.edges if reader == name] for name in graph.nodes
+    }
     try:
-        order = tuple(TopologicalSorter(inputs).static_order())
+        order = TopologicalSorter(sources).static_order()
+        layers = {name: _layer(name, graph.nodes[name]) for name in order}
     except CycleError as error:
         raise ValueError(f"from_nir: the graph must have no loop; got {error.args[1]}") from error
-    layers = {}
-    for name in order:
-        try:
-            layers[name] = _layer(nodes[name])
-        except ValueError as error:
-            raise ValueError(f"from_nir: node {name!r}: {error}") from None
-    return NIRNetwork(layers, inputs, *(names[name] for name in graph.outputs)).eval()
+    return NIRNetwork(layers, sources, *graph.outputs).eval()
 
 
-def _layer(node: Any) -> nn.Module:
-    kind = type(node).__name__
-    if kind in ("Input", "Output"):
-        return nn.Identity()
-    if kind in ("Affine", "Linear", "Conv2d"):
-        return _synapse_of(node)
-    if kind in ("LIF", "IF"):
-        return _neuron_of(node)
-    if kind == "AvgPool2d":
-        return Pool(nn.AvgPool2d(*map(_pair, (node.kernel_size, node.stride, node.padding))))
-    require(kind == "Flatten", f"must be a layer that to_nir writes; got {kind}")
-    start, end = (int(each) for each in (node.start_dim, node.end_dim))
-    return nn.Flatten(start + 2 if start >= 0 else start, end + 2 if end >= 0 else end)
+def _layer(name: str, node: Any) -> nn.Module:
+    if isinstance(node, (nir.LIF, nir.IF)):
+        return _neuron_of(name, node)
+    builds: dict[Any, Callable[[], nn.Module]] = {
+        nir.Input: nn.Identity,
+        nir.Output: nn.Identity,
+        nir.Affine: lambda: _synapse_of(node),
+        nir.Linear: lambda: _synapse_of(node),
+        nir.Conv2d: lambda: _synapse_of(node),
+        nir.Flatten: lambda: nn.Flatten(_with_time(node.start_dim), _with_time(node.end_dim)),
+        nir.AvgPool2d: lambda: Pool(
+            nn.AvgPool2d(*map(_pair, (node.kernel_size, node.stride, node.padding)))
+        ),
+    }
+    require(
+        type(node) in builds,
+        f"from_nir: {name}: must be a layer that to_nir writes; got {type(node).__name__}",
+    )
+    return builds[type(node)]()
+
+
+def _neuron_of(name: str, node: Any) -> LIF:
+    arrays = {key: each for key, each in vars(node).items() if isinstance(each, np.ndarray)}
+    values = {key: np.unique(each).tolist() for key, each in arrays.items()}
+    leak = DT / values["tau"][0] if "tau" in values else 0.0
+    gain = values["r"][0] * (leak or DT)
+    is_scaled = bool(leak) and math.isclose(gain, leak)
+    require(
+        all(len(each) == 1 for each in values.values())
+        and [0.0] == values["v_reset"] == values.get("v_leak", [0.0])
+        and (is_scaled or math.isclose(gain, 1)),
+        f"from_nir: {name}: all its neurons must have one v_threshold, one tau, v_reset and v_leak"
+        f" 0, and r = 1 or tau / {DT:g} (an IF: r = {1 / DT:g}); got {values}",
+    )
+    return LIF(
+        1 - leak,
+        threshold=values["v_threshold"][0],
+        comparison=">",
+        reset="zero",
+        scale_input=is_scaled,
+    )
+
+
+def _synapse_of(node: Any) -> nn.Module:
+    weight = torch.tensor(node.weight)
+    outputs, inputs, *size = weight.shape
+    synapse: Any = Linear(inputs, outputs)
+    if size:
+        geometry: Any = (*map(_pair, (node.stride, node.padding, node.dilation)), int(node.groups))
+        synapse = Conv2d(inputs * geometry[3], outputs, _pair(size), *geometry)
+    bias = torch.tensor(getattr(node, "bias", np.zeros(outputs)))
+    synapse.to(weight.dtype).load_state_dict({"weight": weight, "bias": bias})
+    return synapse
 
 
 def _pair(size: Any) -> Any:
     return tuple(int(each) for each in np.broadcast_to(size, 2))
 
 
-def _synapse_of(node: Any) -> nn.Module:
-    weight, bias = torch.from_numpy(node.weight), getattr(node, "bias", None)
-    outputs, inputs = weight.shape[:2]
-    if weight.dim() == 2:
-        synapse: Any = Linear(inputs, outputs, bias is not None)
-    else:
-        geometry: Any = (*map(_pair, (node.stride, node.padding, node.dilation)), int(node.groups))
-        size: Any = tuple(weight.shape[2:])
-        synapse = Conv2d(inputs * int(node.groups), outputs, size, *geometry)
-    synapse.weight.data = weight.clone()
-    if bias is not None:
-        synapse.bias.data = torch.from_numpy(bias).clone()
-    return synapse
-
-
-def _neuron_of(node: Any) -> LIF:
-    values = {}
-    for name in ("v_threshold", "v_reset", "r", "tau", "v_leak"):
-        if hasattr(node, name):
-            different = np.unique(getattr(node, name))
-            require(len(different) == 1, f"all neurons must have one {name}; got {different}")
-            values[name] = float(different[0])
-    for name in ("v_reset", "v_leak"):
-        value = values.get(name, 0.0)
-        require(value == 0, f"{name} must be 0, the membrane of a neuron at rest; got {value:g}")
-    build = partial(LIF, threshold=values["v_threshold"], comparison=">", reset="zero")
-    if "tau" not in values:
-        require(math.isclose(values["r"], 1 / DT), f"r must be {1 / DT:g}; got {values['r']:g}")
-        return build(1.0)
-    decay = 1 - DT / values["tau"]
-    is_scaled = math.isclose(values["r"], 1)
-    require(
-        is_scaled or math.isclose(values["r"], values["tau"] / DT),
-        f"r must be 1 or tau / DT = {values['tau'] / DT:g}; got {values['r']:g}",
-    )
-    return build(decay, scale_input=is_scaled)
+def _with_time(dimension: int) -> int:
+    return dimension + 2 if dimension >= 0 else dimension

@@ -1,5 +1,7 @@
 """Out to NIR: SpikingJelly and snnTorch run the graph and spike at the same steps. And back."""
 
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +98,13 @@ def step_by_step(network: Any, x_TB: Tensor) -> Tensor:
 def test_other_packages_run_the_same_network(network: str, neuron: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     ours, x_TBCHW = awake(NETWORKS[network](NEURONS[neuron]())), images()
-    rates = {}
+    rates: dict[str, float] = {}
+
+    def record(name: str, _: nn.Module, __: Any, s_TB: Tensor) -> None:
+        rates[name] = s_TB.mean().item()
+
     for name, each in named_neurons(ours):
-        each.register_forward_hook(lambda _, __, s_TB, name=name: rates.update({name: s_TB.mean()}))
+        each.register_forward_hook(partial(record, name))
     expected = outputs(ours, x_TBCHW)
     assert rates and all(0.01 < rate < 0.99 for rate in rates.values())
 
@@ -119,7 +125,8 @@ def test_other_packages_run_the_same_network(network: str, neuron: str, tmp_path
 def test_a_membrane_at_the_threshold(comparison: Any) -> None:
     """The currents are 1/2 and the decay is 1/2, so the second u is the threshold of 3/4."""
     linear = Linear(1, 1)
-    nn.init.ones_(linear.weight), nn.init.zeros_(linear.bias)
+    nn.init.ones_(linear.weight)
+    nn.init.zeros_(linear.bias)
     ours = nn.Sequential(linear, LIF(0.5, threshold=0.75, comparison=comparison, reset="zero"))
     graph, x_TBC = to_nir(ours, (1,)), torch.full((3, 1, 1), 0.5)
     fires = [0, 1, 0] if comparison == ">=" else [0, 0, 1]
@@ -164,7 +171,11 @@ ZERO = LIF(reset="zero")
 @pytest.mark.parametrize(
     ("network", "shape", "said"),
     [
-        (convnet(), (3, 8, 8), r"stages\.0\.0\.neuron: NIR resets to a value; .*reset='subtract'"),
+        (
+            convnet(),
+            (3, 8, 8),
+            r"stages\.0\.0\.neuron: a neuron of NIR is reset to a value; got a LIF",
+        ),
         (
             SEWResNet(blocks=(1,), bottleneck=False, classes=2),
             (3, 32, 32),
@@ -175,7 +186,11 @@ ZERO = LIF(reset="zero")
             (3, 32, 32),
             "has no max pool",
         ),
-        (nf_resnet18_small(width=4, neuron=ZERO), (3, 16, 16), "have no such factors; got"),
+        (
+            nf_resnet18_small(width=4, neuron=ZERO),
+            (3, 16, 16),
+            "neurons of NIR have no factors; got {'gain'",
+        ),
         (preact_resnet18_small(width=4), (3, 16, 16), "a RateNeuron has no equal in NIR"),
         (
             preact_resnet18_small(width=4, head="linear", neuron=ZERO),
@@ -183,13 +198,13 @@ ZERO = LIF(reset="zero")
             r"norm1: a batch norm must follow a synapse, as its only reader",
         ),
         (nn.Sequential(Conv2d(3, 2, 1), nn.GELU()), (3, 4, 4), "0: NIR has no equal of 'gelu'"),
-        (Twice(Linear(4, 4), ZERO), (4,), "0: a layer must run once in a time step"),
+        (Twice(Linear(4, 4), ZERO), (4,), "1: a neuron must run once in a time step"),
         (Remembers(), (4,), "NIR has no equal of 'add'"),
         (BesideItsNorm(), (3, 4, 4), "conv: NIR has no equal of 'add'"),
         (
             nn.Sequential(Pool(nn.AvgPool2d(2, ceil_mode=True)), ZERO, Conv2d(3, 2, 1)),
             (3, 5, 5),
-            "0.pool: NIR's pools divide",
+            r"type mismatch: 0_pool\.output",
         ),
         (
             nn.Sequential(Conv2d(3, 2, 1), Pool(nn.AdaptiveAvgPool2d(2))),
@@ -199,7 +214,7 @@ ZERO = LIF(reset="zero")
     ],
 )
 def test_what_nir_cannot_say_is_refused(network: nn.Module, shape: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=rf"to_nir: .*{said}"):
+    with pytest.raises(ValueError, match=rf"(to_nir: |Type inference error: ).*{said}"):
         to_nir(network.eval(), shape)
 
 
@@ -211,16 +226,16 @@ def lif(**changed: Any) -> nir.LIF:
 @pytest.mark.parametrize(
     ("node", "said"),
     [
-        (lif(v_reset=-1.0), "v_reset must be 0, .*; got -1"),
-        (lif(v_leak=0.5), "v_leak must be 0, .*; got 0.5"),
-        (lif(r=3.0), "r must be 1 or tau / DT = 2; got 3"),
-        (lif(v_threshold=[1.0, 2.0]), "all neurons must have one v_threshold"),
-        (nir.IF(np.ones(2), np.ones(2)), "r must be 10000; got 1"),
-        (nir.Scale(np.ones(2)), "must be a layer that to_nir writes; got Scale"),
+        (lif(v_reset=-1.0), "'v_reset': [-1.0]"),
+        (lif(v_leak=0.5), "'v_leak': [0.5]"),
+        (lif(r=3.0), "'r': [3.0]"),
+        (lif(v_threshold=[1.0, 2.0]), "'v_threshold': [1.0, 2.0]"),
+        (nir.IF(np.ones(2), np.ones(2)), "'r': [1.0]"),
+        (nir.Scale(np.ones(2)), "got Scale"),
     ],
 )
 def test_a_node_without_an_equal_is_named(node: nir.NIRNode, said: str) -> None:
-    with pytest.raises(ValueError, match=rf"from_nir: node '\w+': {said}"):
+    with pytest.raises(ValueError, match=rf"from_nir: (lif|if|scale): .*{re.escape(said)}"):
         from_nir(nir.NIRGraph.from_list(node))
 
 
