@@ -21,7 +21,13 @@ from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
-from tests.helpers.families import RESNETS, STREAMS, awake, small_qkformer
+from tests.helpers.families import (
+    RESNETS,
+    STREAMS,
+    TRANSFORMERS,
+    awake,
+    small_qkformer,
+)
 from tests.helpers.rule_networks import cross_entropy, learn, outputs
 from tests.helpers.small import recipes_of
 
@@ -32,6 +38,7 @@ FAMILIES |= {
     f"qkformer, {shortcut}, {norm}": partial(small_qkformer, shortcut, norm)
     for shortcut, norm in STREAMS
 }
+FAMILIES |= {name: partial(build, over="step") for name, build in TRANSFORMERS.items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
