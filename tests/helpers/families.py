@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from pipeline.models.meta_spikeformer import MetaSpikeFormer
 from pipeline.models.ms_resnet import MSResNet
 from pipeline.models.nf_resnet import NFResNet
 from pipeline.models.qkformer import QKFormer
@@ -105,15 +106,18 @@ def transformer(build: Callable[..., M], **choices: Any) -> M:
     for name, module in model.named_modules():
         if isinstance(module, BatchNorm):
             nn.init.uniform_(module.weight, 1, 2)
-            nn.init.uniform_(module.bias, -0.5, 2.5 if ".projections." in name else 1.5)
+            is_projection = ".projections." in name
+            nn.init.uniform_(module.bias, *((0.5, 3) if is_projection else (-0.5, 1.5)))
             nn.init.uniform_(module.running_mean, -0.2, 0.2)
             nn.init.uniform_(module.running_var, 0.1, 0.3)
     return model
 
 
 STAGES: dict[str, Any] = {"channels": 32, "depth": 2, "classes": 5}
+PYRAMID: dict[str, Any] = {"channels": (8, 16, 24, 32), "heads": 2, "classes": 5}
 # Networks of the sizes of the published modules in tests/golden.
 TRANSFORMERS: dict[str, Callable[..., nn.Module]] = {
     "spikformer": partial(transformer, Spikformer, heads=2, **STAGES),
     "spike-driven transformer": partial(transformer, SpikeDrivenTransformer, **STAGES),
+    "meta-spikeformer": partial(transformer, MetaSpikeFormer, distilled=True, **PYRAMID),
 }

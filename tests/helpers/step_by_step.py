@@ -70,5 +70,5 @@ class StepByStep:
         h = self.conv_bn(f"{name}.mlp.fc1", self.lif(name + "1", x))
         return x + self.conv_bn(f"{name}.mlp.fc2", self.lif(name + "2", h))
 
-    def head(self, x: Tensor) -> Tensor:
-        return x @ self.w["head.weight"].T + self.w["head.bias"]
+    def head(self, x: Tensor, name: str = "head") -> Tensor:
+        return x @ self.w[f"{name}.weight"].T + self.w[f"{name}.bias"]

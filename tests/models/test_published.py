@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models import spike_driven_transformer, spikformer
+from pipeline.models import meta_spikeformer, spike_driven_transformer, spikformer
 from pipeline.models.published import to_published
 from pipeline.models.spike_driven_transformer import SpikeDrivenTransformer
 from pipeline.models.spikformer import Spikformer
@@ -57,6 +57,46 @@ class SpikeDrivenByHand(StepByStep):
         return self.head(self.lif("head", x.mean((2, 3))))
 
 
+class MetaByHand(StepByStep):
+    def downsample(self, at: str, x: Tensor, stride: int = 2) -> Tensor:
+        x = x if at == "downsample1_1" else self.lif(at, x)
+        return self.conv_bn(f"{at}.encode", x, stride)
+
+    def conv_block(self, at: str, x: Tensor) -> Tensor:
+        h = self.norm(at + "Conv.bn1", self.conv(at + "Conv.pwconv1", self.lif(at + "a", x)))
+        h = self.conv(at + "Conv.dwconv", self.lif(at + "b", h))
+        x = x + self.norm(at + "Conv.bn2", self.conv(at + "Conv.pwconv2", h))
+        h = self.norm(at + "bn1", self.conv(at + "conv1", self.lif(at + "c", x)))
+        return x + self.norm(at + "bn2", self.conv(at + "conv2", self.lif(at + "d", h)))
+
+    def conv_bn(self, name: str, x: Tensor, stride: int = 1) -> Tensor:
+        """A RepConv adds a frame of what its first norm makes of 0."""
+        at = name + "_conv.0.body."
+        if at + "0.weight" not in self.w:
+            return super().conv_bn(name, x, stride)
+        x = self.norm(at + "1.bn", F.pad(self.conv(at + "0", x), (1, 1, 1, 1)))
+        x = self.conv(at + "2.1", self.conv(at + "2.0", x, padding=0))
+        return self.norm(name + "_conv.1", self.norm(at + "2.2", x))
+
+    def attention_block(self, name: str, x: Tensor) -> Tensor:
+        at = f"{name}.attn."
+        h = self.self_attention(at, self.lif(at + "first", x))
+        return self.membrane_mlp(name, x + self.conv_bn(at + "proj", h))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for stage, blocks in (("1_1", 1), ("1_2", 1), ("2", 2)):
+            x = self.downsample(f"downsample{stage}", x)
+            for index in range(blocks):
+                at = f"2_{index + 1}" if stage == "2" else stage
+                x = self.conv_block(f"ConvBlock{at}.0.", x)
+        for stage, blocks in ((3, 6), (4, 2)):
+            x = self.downsample(f"downsample{stage}", x, 5 - stage)
+            for index in range(blocks):
+                x = self.attention_block(f"block{stage}.{index}", x)
+        x = self.lif("head", x.mean((2, 3)))
+        return (self.head(x) + self.head(x, "head_kd")) / 2
+
+
 class Family(NamedTuple):
     from_published: Callable[..., nn.Module]
     by_hand: Callable[[dict[str, Tensor]], StepByStep]
@@ -70,6 +110,10 @@ FAMILIES = {
     "spike-driven transformer": Family(
         spike_driven_transformer.from_published,
         partial(SpikeDrivenByHand, heads=2),
+    ),
+    "meta-spikeformer": Family(
+        partial(meta_spikeformer.from_published, heads=2),
+        partial(MetaByHand, heads=2),
     ),
 }
 each_family = pytest.mark.parametrize("name", TRANSFORMERS)
