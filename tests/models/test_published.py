@@ -1,0 +1,178 @@
+"""Networks with published weights: names and shapes, and their forwards written out."""
+
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pipeline.models import meta_spikeformer, spike_driven_transformer, spikformer
+from pipeline.models.published import to_published
+from pipeline.models.spike_driven_transformer import SpikeDrivenTransformer
+from pipeline.models.spikformer import Spikformer
+from pipeline.spiking.encode import repeat
+from pipeline.spiking.neuron import named_neurons
+from pipeline.spiking.norm import batch_norms
+from tests.helpers.families import STAGES, TRANSFORMERS
+from tests.helpers.rule_networks import outputs, refusals
+from tests.helpers.step_by_step import StepByStep
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+class SpikformerByHand(StepByStep):
+    def __call__(self, x: Tensor) -> Tensor:
+        for index in ("", "1", "2", "3"):
+            h = self.norm(
+                f"patch_embed.proj_bn{index}", self.conv(f"patch_embed.proj_conv{index}", x)
+            )
+            x = F.max_pool2d(self.lif(f"stem{index}", h), 3, 2, 1)
+        x = x + self.lif("rpe", self.conv_bn("patch_embed.rpe", x))
+        for i in range(2):
+            at = f"block.{i}.attn."
+            x = x + self.lif(at + "proj", self.conv_bn(at + "proj", self.self_attention(at, x)))
+            h = self.lif(f"{i}1", self.conv_bn(f"block.{i}.mlp.fc1", x))
+            x = x + self.lif(f"{i}2", self.conv_bn(f"block.{i}.mlp.fc2", h))
+        return self.head(x.mean((2, 3)))
+
+
+class SpikeDrivenByHand(StepByStep):
+    def __call__(self, x: Tensor) -> Tensor:
+        for index in ("", "1", "2", "3"):
+            x = self.norm(
+                f"patch_embed.proj_bn{index}", self.conv(f"patch_embed.proj_conv{index}", x)
+            )
+            x = self.lif(f"stem{index}", x) if index != "3" else x
+            x = F.max_pool2d(x, 3, 2, 1)
+        x = x + self.conv_bn("patch_embed.rpe", self.lif("rpe", x))
+        for i in range(2):
+            at = f"block.{i}.attn."
+            h = self.channel_mask(at, self.lif(at + "first", x))
+            x = self.membrane_mlp(f"block.{i}", x + self.conv_bn(at + "proj", h))
+        return self.head(self.lif("head", x.mean((2, 3))))
+
+
+class MetaByHand(StepByStep):
+    def downsample(self, at: str, x: Tensor, stride: int = 2) -> Tensor:
+        x = x if at == "downsample1_1" else self.lif(at, x)
+        return self.conv_bn(f"{at}.encode", x, stride)
+
+    def conv_block(self, at: str, x: Tensor) -> Tensor:
+        h = self.norm(at + "Conv.bn1", self.conv(at + "Conv.pwconv1", self.lif(at + "a", x)))
+        h = self.conv(at + "Conv.dwconv", self.lif(at + "b", h))
+        x = x + self.norm(at + "Conv.bn2", self.conv(at + "Conv.pwconv2", h))
+        h = self.norm(at + "bn1", self.conv(at + "conv1", self.lif(at + "c", x)))
+        return x + self.norm(at + "bn2", self.conv(at + "conv2", self.lif(at + "d", h)))
+
+    def conv_bn(self, name: str, x: Tensor, stride: int = 1) -> Tensor:
+        """A RepConv adds a frame of what its first norm makes of 0."""
+        at = name + "_conv.0.body."
+        if at + "0.weight" not in self.w:
+            return super().conv_bn(name, x, stride)
+        x = self.norm(at + "1.bn", F.pad(self.conv(at + "0", x), (1, 1, 1, 1)))
+        x = self.conv(at + "2.1", self.conv(at + "2.0", x, padding=0))
+        return self.norm(name + "_conv.1", self.norm(at + "2.2", x))
+
+    def attention_block(self, name: str, x: Tensor) -> Tensor:
+        at = f"{name}.attn."
+        h = self.self_attention(at, self.lif(at + "first", x))
+        return self.membrane_mlp(name, x + self.conv_bn(at + "proj", h))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        for stage, blocks in (("1_1", 1), ("1_2", 1), ("2", 2)):
+            x = self.downsample(f"downsample{stage}", x)
+            for index in range(blocks):
+                at = f"2_{index + 1}" if stage == "2" else stage
+                x = self.conv_block(f"ConvBlock{at}.0.", x)
+        for stage, blocks in ((3, 6), (4, 2)):
+            x = self.downsample(f"downsample{stage}", x, 5 - stage)
+            for index in range(blocks):
+                x = self.attention_block(f"block{stage}.{index}", x)
+        x = self.lif("head", x.mean((2, 3)))
+        return (self.head(x) + self.head(x, "head_kd")) / 2
+
+
+class Family(NamedTuple):
+    from_published: Callable[..., nn.Module]
+    by_hand: Callable[[dict[str, Tensor]], StepByStep]
+
+
+FAMILIES = {
+    "spikformer": Family(
+        partial(spikformer.from_published, heads=2),
+        partial(SpikformerByHand, heads=2),
+    ),
+    "spike-driven transformer": Family(
+        spike_driven_transformer.from_published,
+        partial(SpikeDrivenByHand, heads=2),
+    ),
+    "meta-spikeformer": Family(
+        partial(meta_spikeformer.from_published, heads=2),
+        partial(MetaByHand, heads=2),
+    ),
+}
+each_family = pytest.mark.parametrize("name", TRANSFORMERS)
+
+
+def small(name: str) -> Any:
+    return TRANSFORMERS[name](over="time").double().eval()
+
+
+@each_family
+def test_names_and_shapes_are_the_published_ones(name: str) -> None:
+    network = small(name)
+    golden = GOLDEN / f"{name.replace(' ', '_').replace('-', '_')}.txt"
+    lines = (line.split() for line in golden.read_text().splitlines())
+    theirs = {key: tuple(map(int, shape)) for key, *shape in lines}
+    needed = {k: v for k, v in theirs.items() if not network.published.is_ignored(k)}
+    assert {key: tuple(x.shape) for key, x in to_published(network).items()} == needed
+    for pattern in network.published.unused:
+        assert any(re.search(pattern, key) for key in theirs)
+
+
+@each_family
+def test_against_an_independent_forward(name: str) -> None:
+    network = small(name)
+    x_BCHW = 2 * torch.randn(2, 3, 48, 40, dtype=torch.float64)
+    by_hand = FAMILIES[name].by_hand(to_published(network))
+    with torch.no_grad():
+        expected_TBK = torch.stack([by_hand(x_BCHW) for _ in range(3)])
+    assert (outputs(network, repeat(x_BCHW, 3)) - expected_TBK).abs().max() < 1e-12
+    assert not torch.equal(expected_TBK[0], expected_TBK[2])  # membranes carry over
+    assert len(by_hand.membranes) == len(named_neurons(network))
+
+
+@each_family
+def test_there_and_back(name: str) -> None:
+    """The published network has statistics over time, unless chosen otherwise."""
+    network = small(name)
+    published = to_published(network) | {"head.num_batches_tracked": torch.tensor(3)}
+    for choices, over in (({}, "time"), ({"over": "step"}, "step")):
+        again = FAMILIES[name].from_published(published, **choices)
+        assert {norm.over for norm in batch_norms(again)} == {over}
+        assert again.state_dict().keys() == network.state_dict().keys()
+        assert all(map(torch.equal, again.state_dict().values(), network.state_dict().values()))
+
+
+WEIGHTS = to_published(TRANSFORMERS["spikformer"](over="time"))
+test_refuses = refusals(
+    [
+        (
+            lambda: Spikformer(heads=3, **STAGES),
+            "Spikformer: channels must be a multiple of 8 and of heads; got channels=32, heads=3",
+        ),
+        (
+            lambda: SpikeDrivenTransformer(**STAGES | {"channels": 12}),
+            "SpikeDrivenTransformer: channels must be a multiple of 8; got channels=12",
+        ),
+        (
+            lambda: spikformer.from_published(WEIGHTS | {"pos_embed": torch.zeros(1)}, heads=2),
+            "must be those of a published Spikformer; got 1 unknown: pos_embed",
+        ),
+    ]
+)
