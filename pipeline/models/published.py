@@ -7,13 +7,16 @@ its family has `from_published`, which makes the network as published.
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.core.checks import require
 from pipeline.core.tensor_file import describe_mismatch
+
+# Names of the stages of a ResNet, as in torchvision.
+RESNET_STAGES = ((r"^stages\.(\d)\.", lambda match: f"layer{int(match[1]) + 1}."),)
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -31,23 +34,29 @@ class PublishedNames:
 
     Args:
         renames: substitutions (`re.sub`) that make the published name of ours, in this order.
-        flat: a pattern of published names of weights. They belong to 1-D convolutions over tokens.
-            Ours are 1x1 convolutions, so their weights have one more dimension of size 1.
+        flat: a pattern of published names of tensors that have one dimension less than ours, whose
+            last has size 1. Published are 1-D convolutions over tokens, and scalars.
+        spellings: substitutions that remove what only some published names have.
         unused: published parameters that no output depends on: a pattern, and the reason.
     """
 
     renames: Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
     flat: str = "$^"
+    spellings: Sequence[tuple[str, str]] = ()
     unused: Mapping[str, str] = field(default_factory=dict)
 
     def name(self, ours: str) -> str:
         """The published name of one of our tensors."""
-        for pattern, replacement in self.renames:
-            ours = re.sub(pattern, replacement, ours)
-        return ours
+        return _substituted(ours, self.renames)
 
     def is_ignored(self, published: str) -> bool:
         return any(re.search(pattern, published) for pattern in (*COUNTERS, *self.unused))
+
+
+def _substituted(name: str, substitutions: Sequence[tuple[str, Any]]) -> str:
+    for pattern, replacement in substitutions:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def to_published(network: nn.Module) -> dict[str, Tensor]:
@@ -78,7 +87,11 @@ def to_our_names(tensors: Mapping[str, Tensor], network: nn.Module) -> dict[str,
     names = _names_of(network)
     if names is None:
         return dict(tensors)
-    remaining = {name: tensor for name, tensor in tensors.items() if not names.is_ignored(name)}
+    remaining = {
+        _substituted(name, names.spellings): tensor
+        for name, tensor in tensors.items()
+        if not names.is_ignored(name)
+    }
     ours = {}
     for name, own in network.state_dict().items():
         published = names.name(name)
@@ -125,6 +138,23 @@ def sizes(published: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[
 def count_blocks(published: Mapping[str, Tensor], pattern: str) -> int:
     """How many different texts the first group of a pattern has at the start of the names."""
     return len({match[1] for name in published if (match := re.match(pattern, name))})
+
+
+def resnet_sizes(
+    published: Mapping[str, Tensor], *, first: str = "conv1", stage: str = r"layer\d"
+) -> dict[str, Any]:
+    """The arguments of a residual network with `published` weights.
+
+    `first` is the name of the first convolution, and `stage` a pattern of the names of stages.
+    """
+    stages = sorted({match[0] for name in published if (match := re.match(stage, name))})
+    width, in_channels, *_ = sizes(published, f"{first}.weight", 4)
+    return {
+        "blocks": [count_blocks(published, rf"{name}\.(\d+)\.") for name in stages],
+        "classes": sizes(published, "fc.weight", 2)[0],
+        "in_channels": in_channels,
+        "width": width,
+    }
 
 
 def _names_of(network: nn.Module) -> PublishedNames | None:
