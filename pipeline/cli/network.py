@@ -55,7 +55,7 @@ def evaluate(
             metavar="FILE",
             help=(
                 "evaluate the weights in this file: an export, a state_dict (.safetensors or"
-                " torch.save), or published weights of QKFormer"
+                " torch.save), or published weights of its family"
             ),
         ),
     ] = None,

@@ -67,7 +67,8 @@ def to_nir(network: nn.Module, shape: Sequence[int]) -> nir.NIRGraph:
 
     Raises: ValueError that names a layer or an operation without an equal in NIR.
     """
-    _refuse_neurons_and_max_pools(network)
+    for name, module in network.named_modules():
+        _refuse(name, module)
     x_TB = torch.zeros(1, 1, *shape, dtype=next(network.parameters()).dtype)
     trace = _Trace()
     trace.add_node("input", nir.Input({"input": np.array(shape)}), [], x_TB, shape)
@@ -76,28 +77,23 @@ def to_nir(network: nn.Module, shape: Sequence[int]) -> nir.NIRGraph:
         # The second step, so that the trace shows what else a network remembers.
         with temporary_hooks(trace.hooks(network)), trace:
             y_TB = network(x_TB)
-    last = trace.node_of(y_TB, y_TB.shape[2:], "the output")
-    output = nir.Output({"output": np.array(y_TB.shape[2:])})
-    trace.add_node("output", output, [last], y_TB, y_TB.shape[2:])
+    shape = y_TB.shape[2:]
+    last = trace.node_of(y_TB, shape, "the output")
+    trace.add_node("output", nir.Output({"output": np.array(shape)}), [last], y_TB, shape)
     return nir.NIRGraph(trace.nodes, trace.edges)
 
 
-def _refuse_neurons_and_max_pools(network: nn.Module) -> None:
-    for name, module in network.named_modules():
-        kind = type(module).__name__
-        require(
-            not isinstance(module, LIF) or type(module) in (LIF, PLIF),
-            f"to_nir: {name}: a {kind} has no equal in NIR; train with LIF or IF",
-        )
-        require(
-            getattr(module, "reset", "zero") == "zero",
-            f"to_nir: {name}: a neuron of NIR is reset to a value; got a {kind} with reset by"
-            " subtraction; train with reset='zero'",
-        )
-        require(
-            not isinstance(module, nn.MaxPool2d),
-            f"to_nir: {name}: NIR has no max pool; train with an average pool or a stride",
-        )
+def _refuse(name: str, module: nn.Module) -> None:
+    kind = type(module).__name__
+    require(
+        not isinstance(module, LIF) or (type(module) in (LIF, PLIF) and module.reset == "zero"),
+        f"to_nir: {name}: neurons of NIR are LIF or IF with reset to a value; got {kind} with reset"
+        f" {getattr(module, 'reset', None)!r}; train with LIF(reset='zero')",
+    )
+    require(
+        not isinstance(module, nn.MaxPool2d),
+        f"to_nir: {name}: NIR has no max pool; train with an average pool or a stride",
+    )
 
 
 class _Trace(TorchFunctionMode):
@@ -115,18 +111,20 @@ class _Trace(TorchFunctionMode):
     def hooks(self, network: nn.Module) -> Iterator[RemovableHandle]:
         for name, module in network.named_modules():
             if isinstance(module, tuple(_NODES)):
-                yield module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
-                yield module.register_forward_hook(partial(self._leave, name))
+                yield module.register_forward_pre_hook(self._enter)
+                yield module.register_forward_hook(partial(self._leave, name), with_kwargs=True)
 
-    def _enter(self, name: str, _: nn.Module, __: Any, factors: Mapping[str, float]) -> None:
+    def _enter(self, *_: Any) -> None:
         self.is_in_layer = True
+
+    def _leave(
+        self, name: str, module: nn.Module, inputs: Any, factors: Mapping[str, float], y: Tensor
+    ) -> None:
         require(
             all(factor == 1 for factor in factors.values()),
             f"to_nir: {name}: neurons of NIR have no factors; got {dict(factors)}; train with batch"
             " norm",
         )
-
-    def _leave(self, name: str, module: nn.Module, inputs: tuple[Tensor], y: Tensor) -> None:
         (x,) = inputs
         leading = 1 if x.dim() == 4 else 2  # a pool has one dimension for time and samples
         source = self.node_of(x, x.shape[leading:], name)
@@ -158,8 +156,8 @@ class _Trace(TorchFunctionMode):
         if name in _RESHAPES and y.numel() == x.numel():
             self.computed[id(y)] = (*self.computed[id(x)][:2], y)
         elif name == "mean" and is_image and others == ((3, 4),):
-            pool = _average_pool(x.shape[3:])
-            self.add_node(label, pool, sources, y, (x.shape[2], 1, 1))
+            shape = (x.shape[2], 1, 1)
+            self.add_node(label, _average_pool(x.shape[3:]), sources, y, shape)
         else:
             require(
                 name == "add" and is_image and len(inputs) == 2 and len(others) == 1,
@@ -204,16 +202,15 @@ class _Trace(TorchFunctionMode):
 
 def _neuron(lif: LIF, x_TB: Tensor) -> nir.NIRNode:
     learnt = lif.learnt_decay()
-    decay = lif.decay if learnt is None else learnt.item()
+    leak = 1 - (lif.decay if learnt is None else learnt.item())
     threshold = x_TB.new_tensor(lif.threshold).numpy()
     if lif.comparison == ">=":
         threshold = np.nextafter(threshold, np.zeros_like(threshold))
-    full = partial(np.full, tuple(x_TB.shape[2:]))
-    common: Any = {"v_threshold": full(float(threshold)), "v_reset": full(0.0)}
-    if decay == 1:
-        return nir.IF(r=full(1 / DT), **common)
-    r = 1.0 if lif.scale_input else 1 / (1 - decay)
-    return nir.LIF(tau=full(DT / (1 - decay)), r=full(r), v_leak=full(0.0), **common)
+    values = {"v_threshold": float(threshold), "v_reset": 0.0, "r": 1 / DT}
+    if leak:
+        values |= {"tau": DT / leak, "v_leak": 0.0, "r": 1.0 if lif.scale_input else 1 / leak}
+    arrays: Any = {key: np.full(tuple(x_TB.shape[2:]), each) for key, each in values.items()}
+    return nir.LIF(**arrays) if leak else nir.IF(**arrays)
 
 
 def _synapse(synapse: Any, x_TB: Tensor) -> nir.NIRNode:
@@ -227,11 +224,10 @@ def _synapse(synapse: Any, x_TB: Tensor) -> nir.NIRNode:
 
 def _fold(norm: BatchNorm, node: Any) -> None:
     """Multiply the weights of a synapse's node, and add to its bias, as batch norm does."""
-    scale_C = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-    bias_C = (torch.from_numpy(node.bias) - norm.running_mean.double()) * scale_C + norm.bias
-    weight = torch.from_numpy(node.weight)
-    scaled = weight * scale_C.view(-1, *[1] * (weight.dim() - 1))
-    node.weight, node.bias = scaled.to(weight.dtype).numpy(), bias_C.to(weight.dtype).numpy()
+    scale_C = (norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()).numpy()
+    bias_C = (node.bias - norm.running_mean.numpy()) * scale_C + norm.bias.numpy()
+    weight = node.weight * scale_C.reshape(-1, *[1] * (node.weight.ndim - 1))
+    node.weight, node.bias = (each.astype(node.weight.dtype) for each in (weight, bias_C))
 
 
 def _pool(pool: Any, x_NCHW: Tensor) -> nir.NIRNode:
@@ -252,8 +248,8 @@ def _pool(pool: Any, x_NCHW: Tensor) -> nir.NIRNode:
 
 
 def _average_pool(kernel: Any, stride: Any = None, padding: Any = 0) -> nir.AvgPool2d:
-    sizes = (kernel, kernel if stride is None else stride, padding)
-    return nir.AvgPool2d(*(np.array(_pair(size)) for size in sizes))
+    stride = kernel if stride is None else stride
+    return nir.AvgPool2d(*(np.array(_pair(size)) for size in (kernel, stride, padding)))
 
 
 _NODES: dict[Any, Callable[..., nir.NIRNode | None]] = {
@@ -317,15 +313,17 @@ def from_nir(graph: nir.NIRGraph) -> NIRNetwork:
 
 
 def _layer(name: str, node: Any) -> nn.Module:
-    if isinstance(node, (nir.LIF, nir.IF)):
-        return _neuron_of(name, node)
     builds: dict[Any, Callable[[], nn.Module]] = {
         nir.Input: nn.Identity,
         nir.Output: nn.Identity,
+        nir.LIF: lambda: _neuron_of(name, node),
+        nir.IF: lambda: _neuron_of(name, node),
         nir.Affine: lambda: _synapse_of(node),
         nir.Linear: lambda: _synapse_of(node),
         nir.Conv2d: lambda: _synapse_of(node),
-        nir.Flatten: lambda: nn.Flatten(_with_time(node.start_dim), _with_time(node.end_dim)),
+        nir.Flatten: lambda: nn.Flatten(
+            *(int(each + 2 if each >= 0 else each) for each in (node.start_dim, node.end_dim))
+        ),
         nir.AvgPool2d: lambda: Pool(
             nn.AvgPool2d(*map(_pair, (node.kernel_size, node.stride, node.padding)))
         ),
@@ -373,7 +371,3 @@ def _synapse_of(node: Any) -> nn.Module:
 
 def _pair(size: Any) -> Any:
     return tuple(int(each) for each in np.broadcast_to(size, 2))
-
-
-def _with_time(dimension: int) -> int:
-    return dimension + 2 if dimension >= 0 else dimension

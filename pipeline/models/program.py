@@ -75,5 +75,4 @@ class _Program(nn.Module):
             for name, v_B in states.items():
                 self.neurons[name].write("v", v_B)
             logits_BK = self.network(x.unsqueeze(0)).squeeze(0)
-            read = {name: state.read("v") for name, state in self.neurons.items()}
-            return logits_BK, read
+            return logits_BK, {name: state.read("v") for name, state in self.neurons.items()}

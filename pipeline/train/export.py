@@ -74,9 +74,9 @@ class ExportedFile:
 
     file: Path
     loader: str  # what loads the file
-    plain_bytes: int  # size of the tensors before packing
     parameters: int
-    # the next three: of a packed network
+    # the next four: of a packed network
+    plain_bytes: int = 0  # size of the tensors before packing
     bit_parameters: int = 0
     bit_synapses: int = 0
     folded_synapses: int = 0  # whose scales are folded into a norm
@@ -173,20 +173,17 @@ def _export_without_us(
     # Recordings have a time axis.
     shape, steps = task.data.shape[-3:], recipe.time_steps if format == "torch" else None
     content: Any = io.BytesIO()
-    loader = "torch.export.load"
     if format == "nir":
         import nir
 
         from pipeline.models.nir import to_nir
 
         nir.write(content, to_nir(network, shape))
-        loader = "nir.read"
     else:
         torch.export.save(to_program(network, shape, steps=steps), content)
     write_whole(out, content.getvalue())
-    parameters = list(network.parameters())
-    plain_bytes = sum(value.nbytes for value in parameters)
-    return ExportedFile(out, loader, plain_bytes, sum(p.numel() for p in parameters))
+    loader = "nir.read" if format == "nir" else "torch.export.load"
+    return ExportedFile(out, loader, sum(p.numel() for p in network.parameters()))
 
 
 def is_export(file: Path) -> bool:

@@ -174,7 +174,7 @@ ZERO = LIF(reset="zero")
         (
             convnet(),
             (3, 8, 8),
-            r"stages\.0\.0\.neuron: a neuron of NIR is reset to a value; got a LIF",
+            r"stages\.0\.0\.neuron: neurons of NIR are .*; got LIF with reset 'subtract'",
         ),
         (
             SEWResNet(blocks=(1,), bottleneck=False, classes=2),
@@ -191,7 +191,7 @@ ZERO = LIF(reset="zero")
             (3, 16, 16),
             "neurons of NIR have no factors; got {'gain'",
         ),
-        (preact_resnet18_small(width=4), (3, 16, 16), "a RateNeuron has no equal in NIR"),
+        (preact_resnet18_small(width=4), (3, 16, 16), "neurons of NIR are .*; got RateNeuron"),
         (
             preact_resnet18_small(width=4, head="linear", neuron=ZERO),
             (3, 16, 16),

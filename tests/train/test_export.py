@@ -319,7 +319,7 @@ def test_other_formats(runs: Path, done: Done, refused: Refused) -> None:
     program = torch.export.load(runs / "hard" / "network.pt2").module()
     x_TBCHW = torch.randn(3, 16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(program(x_TBCHW), expected, rtol=0, atol=1e-6)
-    said = "to_nir: stages.0.0.neuron: a neuron of NIR is reset to a value; got a LIF"
+    said = "to_nir: stages.0.0.neuron: neurons of NIR are LIF or IF with reset to a value; got LIF"
     assert refused("export", "full", "--format", "nir", *here).startswith(said)
     assert not (runs / "full" / "network.nir").exists()
 
