@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.models import meta_spikeformer, spike_driven_transformer, spikformer
+from pipeline.models import max_former, meta_spikeformer, spike_driven_transformer, spikformer
 from pipeline.models.published import to_published
 from pipeline.models.spike_driven_transformer import SpikeDrivenTransformer
 from pipeline.models.spikformer import Spikformer
@@ -55,6 +55,57 @@ class SpikeDrivenByHand(StepByStep):
             h = self.channel_mask(at, self.lif(at + "first", x))
             x = self.membrane_mlp(f"block.{i}", x + self.conv_bn(at + "proj", h))
         return self.head(self.lif("head", x.mean((2, 3))))
+
+
+class MaxFormerByHand(StepByStep):
+    def embed(self, at: str, x: Tensor, names: list[str], strides: tuple[int, int, int]) -> Tensor:
+        """`names` of two layers and the shortcut. A stride of 0 is a max pool."""
+
+        def layer(index: int, x: Tensor) -> Tensor:
+            y = self.conv_bn(at + names[index], x, strides[index] or 1)
+            return y if strides[index] else F.max_pool2d(y, 3, 2, 1)
+
+        x = self.lif(at + "first", x)
+        return layer(1, self.lif(at + "second", layer(0, x))) + layer(2, x)
+
+    def mixed(self, name: str, x: Tensor) -> Tensor:
+        at = f"{name}.attn."
+        if at + "q_conv.weight" in self.w:
+            mix = self.self_attention if at + "v_conv.weight" in self.w else self.token_qk
+            x = x + self.conv_bn(at + "proj", mix(at, self.lif(at + "first", x)))
+        else:
+            conv = "conv5" if f"{name}.mixer.conv5.weight" in self.w else "conv"
+            h = self.conv(f"{name}.mixer.{conv}", self.lif(at + "first", x))
+            x = x + self.norm(f"{name}.mixer.{conv}_bn", h)
+        return self.membrane_mlp(name, x)
+
+    def after_stem(self, x: Tensor, first: Any, other: Any) -> Tensor:
+        for stage, depth in enumerate((1, 2, 7), 1):
+            x = self.embed(f"patch_embed{stage}.", x, *(first if stage == 1 else other))
+            for index in range(depth):
+                x = self.mixed(f"stage{stage}.{index}", x)
+        return self.head(self.lif("head", x.mean((2, 3))))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self.conv_bn("patch_embed1.embed1.embed", x, 2)
+        names = [f"{layer}.embed" for layer in ("max_embed1", "embed1", "max_embed2")]
+        first = [f"embed{index}.embed" for index in (2, 3, 4)]
+        return self.after_stem(x, (first, (2, 1, 2)), (names, (0, 1, 0)))
+
+
+class MSQKFormerByHand(MaxFormerByHand):
+    def conv_bn(self, name: str, x: Tensor, stride: int = 1) -> Tensor:
+        """In the first embedding the index is at the end of the name."""
+        if not name.startswith("patch_embed1.proj") or not name[-1].isdigit():
+            return super().conv_bn(name, x, stride)
+        conv, bn = (f"{name[:-1]}_{kind}{name[-1]}" for kind in ("conv", "bn"))
+        return self.norm(bn, self.conv(conv, x, stride))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.conv_bn("patch_embed1.proj", x), 3, 2, 1)
+        strides = (0, 1, 2)
+        first, other = ["proj1", "proj2", "rpe"], ["proj3", "proj4", "proj_res"]
+        return self.after_stem(x, (first, strides), (other, strides))
 
 
 class MetaByHand(StepByStep):
@@ -110,6 +161,10 @@ FAMILIES = {
     "spike-driven transformer": Family(
         spike_driven_transformer.from_published,
         partial(SpikeDrivenByHand, heads=2),
+    ),
+    "max-former": Family(max_former.from_published, partial(MaxFormerByHand, heads=1)),
+    "ms-qkformer": Family(
+        max_former.ms_qkformer_from_published, partial(MSQKFormerByHand, heads=1)
     ),
     "meta-spikeformer": Family(
         partial(meta_spikeformer.from_published, heads=2),
