@@ -109,12 +109,8 @@ class MaxFormer(SpikingTransformer):
         )
         blocks = BlockFactory(shortcut="membrane", neuron=neuron, over=over)
         first, second = channels // 4, channels // 2
-        stem = blocks.normed_synapse(Layer(in_channels, first // 2, 3, 2))
-        convolutions = [Layer(first // 2, first, 3, 2), Layer(first, first, 3)]
         embeddings = (
-            nn.Sequential(
-                StaticInput.of(stem), blocks.one_residual(convolutions, shortcut_of="first")
-            ),
+            first_embedding(blocks, in_channels, first),
             embedding(blocks, first, second),
             embedding(blocks, second, channels),
         )
@@ -130,6 +126,15 @@ class MaxFormer(SpikingTransformer):
             made = (block(blocks, width, mix, expansion=expansion) for _ in range(depth))
             features.append(named_sequential(embed=embed, blocks=nn.Sequential(*made)))
         super().__init__(features, channels=channels, classes=classes, last=blocks.stream_neuron())
+
+
+def first_embedding(blocks: BlockFactory, in_channels: int, channels: int) -> nn.Sequential:
+    """A quarter of the size, by strides."""
+    stem = blocks.normed_synapse(Layer(in_channels, channels // 2, 3, 2))
+    convolutions = [Layer(channels // 2, channels, 3, 2), Layer(channels, channels, 3)]
+    return nn.Sequential(
+        StaticInput.of(stem), blocks.one_residual(convolutions, shortcut_of="first")
+    )
 
 
 def embedding(blocks: BlockFactory, before: int, channels: int) -> Residual:
