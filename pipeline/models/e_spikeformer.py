@@ -36,7 +36,7 @@ from pipeline.models.meta_spikeformer import (
     stages,
 )
 from pipeline.models.parts import StatisticsOver
-from pipeline.models.published import PublishedNames, load_published
+from pipeline.models.published import PublishedNames, PublishedSize, load_published
 from pipeline.models.residual import BlockFactory, Layer, named_sequential
 from pipeline.spiking.integer import IntegerNeuron
 from pipeline.spiking.norm import BatchNorm
@@ -144,3 +144,21 @@ def from_published(
     return load_published(
         published, lambda: ESpikeFormer(**published_sizes(published), heads=heads, over=over)
     )
+
+
+PUBLISHED_SIZES = tuple(
+    PublishedSize(
+        "E-SpikeFormer",
+        size,
+        parameters,
+        top1,
+        "2411.16061",
+        partial(ESpikeFormer, channels=channels, heads=8, classes=1000),
+    )
+    for size, channels, parameters, top1 in (
+        ("T", (24, 48, 96, 128), 2_702_048, "-"),
+        ("S", (32, 64, 128, 192), 5_105_608, "-"),
+        ("M", (48, 96, 192, 240), 10_023_112, "78.5, T=1, D=4"),
+        ("L", (64, 128, 256, 360), 18_987_504, "79.8, T=1, D=4"),
+    )
+)

@@ -35,7 +35,13 @@ from pipeline.models.attention import (
     block,
 )
 from pipeline.models.parts import StatisticsOver
-from pipeline.models.published import PublishedNames, count_blocks, load_published, sizes
+from pipeline.models.published import (
+    PublishedNames,
+    PublishedSize,
+    count_blocks,
+    load_published,
+    sizes,
+)
 from pipeline.models.qkformer import STAGE_NAMES, QKFormer
 from pipeline.models.residual import BlockFactory, Layer, Residual, named_sequential
 from pipeline.spiking.norm import BatchNorm
@@ -253,3 +259,24 @@ def _sizes(published: Mapping[str, Tensor], stem: str) -> dict[str, Any]:
         "in_channels": sizes(published, stem, 4)[1],
         "expansion": hidden // channels,
     }
+
+
+# Top-1 is that of the best epoch in the published logs.
+PUBLISHED_SIZES = tuple(
+    PublishedSize(
+        family,
+        f"10-{channels}",
+        parameters,
+        top1,
+        "2505.18608",
+        partial(network, channels=channels, heads=channels // 64, classes=1000),
+    )
+    for family, network, channels, parameters, top1 in (
+        ("Max-Former", MaxFormer, 384, 16_237_240, "77.78, T=4"),
+        ("Max-Former", MaxFormer, 512, 28_653_480, "75.43, T=1"),
+        ("Max-Former", MaxFormer, 768, 63_992_200, "82.39, T=4"),
+        ("MS-QKFormer", MSQKFormer, 384, 16_473_688, "-"),
+        ("MS-QKFormer", MSQKFormer, 512, 29_079_336, "-"),
+        ("MS-QKFormer", MSQKFormer, 768, 64_962_760, "-"),
+    )
+)

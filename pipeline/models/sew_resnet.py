@@ -12,12 +12,14 @@ Source: Fang et al. 2021 (SEW, arXiv 2102.04159), its variant "ADD".
 # T time, B batch, C channels, H W pixels, K classes
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import Pool, StatisticsOver
+from pipeline.models.published import PublishedSize
 from pipeline.models.residual import BlockFactory, Layer, resnet_stages
 from pipeline.spiking.neuron import IF
 from pipeline.spiking.slice_cache import StaticInput
@@ -109,3 +111,23 @@ def sew_resnet(
         over=over,
         neuron=neuron,
     )
+
+
+# Top-1 is that of the best epoch in the published logs.
+PUBLISHED_SIZES = tuple(
+    PublishedSize(
+        "SEW-ResNet",
+        size,
+        parameters,
+        f"{top1}, T=4",
+        "2102.04159",
+        build,
+    )
+    for build, size, parameters, top1 in (
+        (partial(sew_resnet, 18), "18", 11_689_512, 63.18),
+        (partial(sew_resnet, 34), "34", 21_797_672, 67.04),
+        (partial(sew_resnet, 50), "50", 25_557_032, 67.78),
+        (partial(sew_resnet, 101), "101", 44_549_160, 68.76),
+        (partial(sew_resnet, 152), "152", 60_192_808, 69.26),
+    )
+)
