@@ -237,8 +237,8 @@ def models() -> None:
         "M: million parameters. top-1: published accuracy on ImageNet at 224 pixels, not measured"
         " here (-: none is known here). reads: from_published of the family's module makes the"
         " network from published weights. Their names and shapes map to ours and back, and with"
-        " random weights the logits are those of the published code (docs/LOG.md). No published file"
-        " of weights was read.",
+        " random weights the logits are those of the published code (docs/LOG.md). No published"
+        " file of weights was read.",
     )
 
 
