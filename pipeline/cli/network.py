@@ -1,4 +1,4 @@
-"""`spiketrain evaluate`, `export` and `check`: commands for one network."""
+"""`spiketrain evaluate`, `export`, `check` and `models`: commands about networks."""
 
 import importlib
 import json
@@ -211,6 +211,44 @@ def check(
     else:
         _print_verdicts(verdicts, subject[2])
     sys.exit(any(verdict.state == "fault" for verdict in verdicts))
+
+
+@commands.command(epilog="Example: spiketrain models")
+def models() -> None:
+    """List the networks that were published for ImageNet. The published weights of all are read."""
+    from pipeline.core.printing import new_console, number, print_table, prose, say
+    from pipeline.models import (
+        e_spikeformer,
+        max_former,
+        meta_spikeformer,
+        ms_resnet,
+        nf_resnet,
+        preact_resnet,
+        qkformer,
+        sew_resnet,
+        spike_driven_transformer,
+        spikformer,
+    )
+
+    transformers = (qkformer, spikformer, spike_driven_transformer, meta_spikeformer)
+    transformers += (e_spikeformer, max_former)
+    rows = []
+    for module in (*transformers, sew_resnet, ms_resnet, nf_resnet, preact_resnet):
+        rows += [
+            (each.family, each.size, f"{each.parameters / 1e6:.2f}", each.top1, each.source)
+            for each in module.PUBLISHED_SIZES
+        ]
+    console = new_console()
+    columns = ("family", "size", number("M"), prose("top-1, %"), "arXiv")
+    print_table(console, columns, rows)
+    say(
+        console,
+        "M: million parameters. top-1: published accuracy on ImageNet at 224 pixels, not measured"
+        " here (-: none is known here). from_published of each family's module makes the network"
+        " from published weights. Their names and shapes map to ours and back, and with"
+        " random weights the logits are those of the published code (docs/LOG.md). No published"
+        " file of weights was read.",
+    )
 
 
 def _of_recipe(recipe: Any, name: str) -> "tuple[nn.Module, Tensor, str]":

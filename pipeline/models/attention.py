@@ -87,12 +87,12 @@ BLOCK_NAMES = (
 def block(
     blocks: BlockFactory,
     channels: int,
-    attention: Callable[[], "Attention"],
+    attention: Callable[[], nn.Module],
     *,
     expansion: int,
     drop_path: float = 0.0,
 ) -> nn.Sequential:
-    """Attention and FFN, each with its shortcut."""
+    """Attention, or what takes its place, and FFN, each with its shortcut."""
     wrapped_attention = blocks.wrap(attention(), drop_path=drop_path)
     hidden = channels * expansion
     layers = [Layer(channels, hidden, bias=True), Layer(hidden, channels, bias=True)]

@@ -39,7 +39,7 @@ from pipeline.models.attention import (
     block,
 )
 from pipeline.models.parts import StatisticsOver
-from pipeline.models.published import PublishedNames, load_published, sizes
+from pipeline.models.published import PublishedNames, PublishedSize, load_published, sizes
 from pipeline.models.residual import BlockFactory, Layer, named_sequential
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.slice_cache import StaticInput
@@ -284,3 +284,20 @@ def published_sizes(published: Mapping[str, Tensor]) -> dict[str, Any]:
         "in_channels": sizes(published, "downsample1_1.encode_conv.weight", 4)[1],
         "expansion": hidden // channels[2],
     }
+
+
+PUBLISHED_SIZES = tuple(
+    PublishedSize(
+        "Meta-SpikeFormer",
+        f"8-{channels[2]}",
+        parameters,
+        top1,
+        "2404.03663",
+        partial(MetaSpikeFormer, channels=channels, heads=8, classes=1000),
+    )
+    for channels, parameters, top1 in (
+        ((96, 192, 384, 480), 31_333_864, "-"),
+        ((128, 256, 512, 640), 55_350_248, "80.0, T=4, distilled"),
+        ((192, 384, 768, 960), 123_741_160, "-"),
+    )
+)

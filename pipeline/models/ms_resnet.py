@@ -17,13 +17,19 @@ Source: Hu et al. 2021 (MS-ResNet, arXiv 2112.08954).
 # T time, B batch, C channels, H W pixels, K classes
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import StatisticsOver
-from pipeline.models.published import PublishedNames, load_published, resnet_sizes
+from pipeline.models.published import (
+    PublishedNames,
+    PublishedSize,
+    load_published,
+    resnet_sizes,
+)
 from pipeline.models.residual import BlockFactory, Layer, Norm, resnet_stages
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
@@ -184,3 +190,13 @@ def from_published(published: Mapping[str, Tensor], *, over: StatisticsOver = "t
             **resnet_sizes(published, first="conv1.0", stage=r"conv\d_x"),
         ),
     )
+
+
+PUBLISHED_SIZES = tuple(
+    PublishedSize("MS-ResNet", size, parameters, "-", "2112.08954", build)
+    for build, size, parameters in (
+        (partial(ms_resnet, 18), "18", 11_693_736),
+        (partial(ms_resnet, 34), "34", 21_801_896),
+        (partial(ms_resnet, 104), "104", 77_350_504),
+    )
+)

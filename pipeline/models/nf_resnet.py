@@ -22,7 +22,13 @@ from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import Pool, standardized_conv
-from pipeline.models.published import RESNET_STAGES, PublishedNames, load_published, resnet_sizes
+from pipeline.models.published import (
+    RESNET_STAGES,
+    PublishedNames,
+    PublishedSize,
+    load_published,
+    resnet_sizes,
+)
 from pipeline.models.residual import BlockFactory, resnet_stages
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.slice_cache import StaticInput
@@ -196,3 +202,14 @@ def from_published(published: Mapping[str, Tensor], *, neuron: nn.Module = LIF(1
             **resnet_sizes(published),
         ),
     )
+
+
+PUBLISHED_SIZES = tuple(
+    PublishedSize("NF-ResNet", size, parameters, top1, source, build)
+    for size, parameters, top1, source, build in (
+        ("34", 21_797_688, "66.19, T=6, SLTT", "2302.14311", nf_resnet34),
+        ("34", 21_797_688, "65.15, T=6, OTTT", "2210.04195", nf_resnet34),
+        ("50", 25_557_048, "67.02, T=6, SLTT, unconfirmed", "2302.14311", nf_resnet50),
+        ("101", 44_549_193, "69.26, T=6, SLTT, unconfirmed", "2302.14311", nf_resnet101),
+    )
+)

@@ -24,6 +24,7 @@ from pipeline.models.parts import Pool, RateHead, StatisticsOver, copy_neuron
 from pipeline.models.published import (
     RESNET_STAGES,
     PublishedNames,
+    PublishedSize,
     load_published,
     resnet_sizes,
 )
@@ -225,3 +226,15 @@ def _conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int 
     conv = Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
+
+
+PUBLISHED_SIZES = (
+    PublishedSize(
+        "PreAct-ResNet",
+        "18",
+        11_691_660,
+        "67.74, T=50, unconfirmed",
+        "2205.00459",
+        preact_resnet18,
+    ),
+)

@@ -59,6 +59,25 @@ def _substituted(name: str, substitutions: Sequence[tuple[str, Any]]) -> str:
     return name
 
 
+@dataclass(frozen=True)
+class PublishedSize:
+    """A size of a network that was published for ImageNet: a row of `spiketrain models`.
+
+    Args:
+        parameters: those of the network, without published parameters that have no effect.
+        top1: published accuracy in per cent, with its conditions; "-": none is known here.
+        source: arXiv number.
+        build: makes the network.
+    """
+
+    family: str
+    size: str
+    parameters: int
+    top1: str
+    source: str
+    build: Callable[[], nn.Module]
+
+
 def to_published(network: nn.Module) -> dict[str, Tensor]:
     """The weights of a network under the published names and in the published shapes.
 

@@ -43,7 +43,13 @@ from pipeline.models.attention import (
     block,
 )
 from pipeline.models.parts import Pool, StatisticsOver
-from pipeline.models.published import PublishedNames, count_blocks, load_published, sizes
+from pipeline.models.published import (
+    PublishedNames,
+    PublishedSize,
+    count_blocks,
+    load_published,
+    sizes,
+)
 from pipeline.models.residual import BlockFactory, Layer, Norm, Shortcut, named_sequential
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.slice_cache import StaticInput
@@ -267,3 +273,13 @@ def from_published(
             projection_neuron=projection_neuron,
         ),
     )
+
+
+PUBLISHED_SIZES = tuple(
+    PublishedSize("QKFormer", size, parameters, f"{top1}, T=4, over_samples", "2403.16552", build)
+    for build, size, parameters, top1 in (
+        (partial(qkformer_10, 384), "10-384", 16_473_688, "78.80"),
+        (partial(qkformer_10, 512), "10-512", 29_079_336, "82.04"),
+        (partial(qkformer_10, 768), "10-768", 64_962_760, "84.22"),
+    )
+)

@@ -14,6 +14,7 @@ Source: Fang et al. 2021 (SEW, arXiv 2102.04159), its variant "ADD".
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from pipeline.models.parts import Pool, StatisticsOver
 from pipeline.models.published import (
     RESNET_STAGES,
     PublishedNames,
+    PublishedSize,
     load_published,
     resnet_sizes,
 )
@@ -157,3 +159,23 @@ def from_published(published: Mapping[str, Tensor], *, over: StatisticsOver = "t
             **resnet_sizes(published),
         ),
     )
+
+
+# Top-1 is that of the best epoch in the published logs.
+PUBLISHED_SIZES = tuple(
+    PublishedSize(
+        "SEW-ResNet",
+        size,
+        parameters,
+        f"{top1}, T=4",
+        "2102.04159",
+        build,
+    )
+    for build, size, parameters, top1 in (
+        (partial(sew_resnet, 18), "18", 11_689_512, 63.18),
+        (partial(sew_resnet, 34), "34", 21_797_672, 67.04),
+        (partial(sew_resnet, 50), "50", 25_557_032, 67.78),
+        (partial(sew_resnet, 101), "101", 44_549_160, 68.76),
+        (partial(sew_resnet, 152), "152", 60_192_808, 69.26),
+    )
+)

@@ -23,7 +23,13 @@ from torch import Tensor, nn
 from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.models.attention import NEURON, ChannelMask, SpikingTransformer, block
 from pipeline.models.parts import StatisticsOver
-from pipeline.models.published import PublishedNames, count_blocks, load_published, sizes
+from pipeline.models.published import (
+    PublishedNames,
+    PublishedSize,
+    count_blocks,
+    load_published,
+    sizes,
+)
 from pipeline.models.residual import BlockFactory, named_sequential
 from pipeline.models.spikformer import NAMES, stem
 
@@ -103,3 +109,22 @@ def from_published(
             over=over,
         ),
     )
+
+
+PUBLISHED_SIZES = tuple(
+    PublishedSize(
+        "Spike-driven Transformer",
+        f"{depth}-{channels}",
+        parameters,
+        f"{top1}, T=4, unknown pixels",
+        "2307.01694",
+        partial(SpikeDrivenTransformer, channels=channels, depth=depth, classes=1000),
+    )
+    for depth, channels, parameters, top1 in (
+        (8, 384, 16_816_024, 72.28),
+        (6, 512, 23_373_352, 74.11),
+        (8, 512, 29_689_384, 74.57),
+        (10, 512, 36_005_416, 74.66),
+        (8, 768, 66_338_632, 77.07),
+    )
+)

@@ -30,7 +30,13 @@ from pipeline.models.attention import (
     block,
 )
 from pipeline.models.parts import Pool, StatisticsOver
-from pipeline.models.published import PublishedNames, count_blocks, load_published, sizes
+from pipeline.models.published import (
+    PublishedNames,
+    PublishedSize,
+    count_blocks,
+    load_published,
+    sizes,
+)
 from pipeline.models.residual import BlockFactory, Layer, named_sequential
 from pipeline.spiking.slice_cache import StaticInput
 
@@ -148,3 +154,21 @@ def from_published(
             over=over,
         ),
     )
+
+
+# Top-1 as in the readme of github.com/zhouchenlin2096/Spikingformer.
+PUBLISHED_SIZES = tuple(
+    PublishedSize(
+        "Spikformer",
+        f"8-{channels}",
+        parameters,
+        f"{top1}, T=4",
+        "2209.15425",
+        partial(Spikformer, channels=channels, depth=8, heads=8, classes=1000),
+    )
+    for channels, parameters, top1 in (
+        (384, 16_816_024, 70.24),
+        (512, 29_689_384, 73.38),
+        (768, 66_338_632, 74.81),
+    )
+)

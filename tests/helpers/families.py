@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from pipeline.models.e_spikeformer import ESpikeFormer
+from pipeline.models.max_former import MaxFormer, MSQKFormer
 from pipeline.models.meta_spikeformer import MetaSpikeFormer
 from pipeline.models.ms_resnet import MSResNet
 from pipeline.models.nf_resnet import NFResNet
@@ -119,5 +121,8 @@ PYRAMID: dict[str, Any] = {"channels": (8, 16, 24, 32), "heads": 2, "classes": 5
 TRANSFORMERS: dict[str, Callable[..., nn.Module]] = {
     "spikformer": partial(transformer, Spikformer, heads=2, **STAGES),
     "spike-driven transformer": partial(transformer, SpikeDrivenTransformer, **STAGES),
+    "max-former": partial(transformer, MaxFormer, channels=64, heads=1, classes=5),
+    "ms-qkformer": partial(transformer, MSQKFormer, channels=64, heads=1, classes=5),
     "meta-spikeformer": partial(transformer, MetaSpikeFormer, distilled=True, **PYRAMID),
+    "e-spikeformer": partial(transformer, ESpikeFormer, **PYRAMID),
 }

@@ -20,7 +20,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.spiking.binary import binary_synapses
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.encode import repeat
-from pipeline.spiking.neuron import LIF
+from pipeline.spiking.neuron import LIF, named_neurons
 from pipeline.spiking.norm import BatchNorm
 from tests.helpers.families import (
     RESNETS,
@@ -62,10 +62,14 @@ def test_slices_equal_the_whole(family, mode, still):
     "make_rule", [BPTT, partial(SLTT, k=1, rescale=True), OTTT], ids=["BPTT", "SLTT-1", "OTTT"]
 )
 def test_every_weight_that_the_loss_reaches_learns(family, make_rule: Callable[[], Rule]):
-    """OTTT takes the normaliser-free networks alone."""
-    model, rule = FAMILIES[family](), make_rule()
+    """OTTT takes the normaliser-free networks alone, and SLTT those with a membrane."""
+    model, rule, refusal = FAMILIES[family](), make_rule(), ""
     if isinstance(rule, OTTT) and any(isinstance(m, BatchNorm) for m in model.modules()):
-        with pytest.raises(ValueError, match=r"OTTT.*got batch norm at"):
+        refusal = r"OTTT.*got batch norm at"
+    elif isinstance(rule, SLTT) and not named_neurons(model):
+        refusal = "SLTT-1: the model must have LIF neurons, .* got ESpikeFormer"
+    if refusal:
+        with pytest.raises(ValueError, match=refusal):
             rule.attach(model)
         return
     rule.attach(model)
