@@ -125,7 +125,6 @@ def export_run(
     if format not in ("plain", "packed"):
         return _export_without_us(network, recipe, out, format)
     state, packed = network.state_dict(), {}
-    plain_bytes = sum(value.nbytes for value in state.values())
     if format == "packed":
         synapses = binary_synapses(network)
         require(
@@ -138,6 +137,7 @@ def export_run(
         zeros_TB = to_time_first(torch.zeros(1, *task.data.shape), recipe.time_steps)
         state, folded = pack(network, following_norms(network, synapses, zeros_TB))
         packed = {
+            "plain_bytes": sum(value.nbytes for value in network.state_dict().values()),
             "bit_parameters": sum(synapse.weight.numel() for synapse in synapses.values()),
             "bit_synapses": len(synapses),
             "folded_synapses": folded,
@@ -154,14 +154,8 @@ def export_run(
         **({"code": json.dumps(own_code.describe_packages(own))} if own else {}),
     }
     write_whole(out, save(tensors, {**metadata, "sha256": _digest(metadata, tensors)}))
-    return ExportedFile(
-        file=out,
-        loader="pipeline.load",
-        plain_bytes=plain_bytes,
-        parameters=sum(p.numel() for p in network.parameters()),
-        trust=own,
-        **packed,
-    )
+    parameters = sum(p.numel() for p in network.parameters())
+    return ExportedFile(out, "pipeline.load", parameters, trust=own, **packed)
 
 
 def _export_without_us(
