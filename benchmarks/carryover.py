@@ -44,7 +44,7 @@ from pipeline.core.random import DONOR, bits, counter_hash, signed
 from pipeline.core.torch_settings import computing
 from pipeline.data.base import Data
 from pipeline.measure.memory import device_here
-from pipeline.models.qkformer import OverSamples
+from pipeline.models.attention import OverSamples
 from pipeline.recipe import Recipe
 from pipeline.spiking.encode import to_time_first
 from pipeline.spiking.neuron import LIF, named_neurons

@@ -1,4 +1,4 @@
-"""`spiketrain evaluate`, `predict`, `export` and `check`: commands for one network."""
+"""`spiketrain evaluate`, `predict`, `export`, `check` and `models`: commands about networks."""
 
 import importlib
 import json
@@ -22,6 +22,7 @@ from pipeline.cli.options import (
     load_changed,
 )
 from pipeline.core.checks import require
+from pipeline.core.run_folder import ExportFormat
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_files import trust_of
 
@@ -54,7 +55,7 @@ def evaluate(
             metavar="FILE",
             help=(
                 "evaluate the weights in this file: an export, a state_dict (.safetensors or"
-                " torch.save), or published weights of QKFormer"
+                " torch.save), or published weights of its family"
             ),
         ),
     ] = None,
@@ -137,22 +138,31 @@ def predict(
     answer(source, pictures, which=which, trust=tuple(trust)).print(format_)
 
 
-@commands.command(epilog="Example: spiketrain export fashion-sltt-20260105-120000")
+@commands.command(
+    epilog=(
+        "Example: spiketrain export fashion-sltt-20260105-120000; "
+        "spiketrain export fashion-sltt-20260105-120000 --format torch"
+    )
+)
 def export(
     run: RunName,
-    packed: Annotated[
-        bool,
+    format_: Annotated[
+        ExportFormat,
         typer.Option(
-            "--packed",
-            help="pack 1-bit weights, 8 to a byte; the network must have 1-bit weights",
+            "--format",
+            help=(
+                "plain: for pipeline.load; packed: the same, 1-bit weights 8 to a byte; nir: for"
+                " SpikingJelly, snnTorch and chips; torch, torch-step: for torch.export.load, all"
+                " time steps or one"
+            ),
         ),
-    ] = False,
+    ] = "plain",
     out: Annotated[
         Path | None,
         typer.Option(
             "--out",
             metavar="FILE",
-            help="a new .safetensors file; default: a file in the run's folder",
+            help="a new file; default: a file in the run's folder",
         ),
     ] = None,
     which: Annotated[
@@ -161,7 +171,7 @@ def export(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Write a trained network as one file for pipeline.load.
+    """Write a trained network as one file, for pipeline.load or for other packages.
 
     The size of the file is printed, and the line that loads it.
     """
@@ -172,7 +182,7 @@ def export(
         export_run(
             find_run(runs, run),
             out,
-            layout="packed" if packed else "plain",
+            format=format_,
             which=which,
             trust=tuple(trust),
         )
@@ -238,6 +248,44 @@ def check(
     else:
         _print_verdicts(verdicts, subject[2])
     sys.exit(any(verdict.state == "fault" for verdict in verdicts))
+
+
+@commands.command(epilog="Example: spiketrain models")
+def models() -> None:
+    """List the networks that were published for ImageNet. The published weights of all are read."""
+    from pipeline.core.printing import new_console, number, print_table, prose, say
+    from pipeline.models import (
+        e_spikeformer,
+        max_former,
+        meta_spikeformer,
+        ms_resnet,
+        nf_resnet,
+        preact_resnet,
+        qkformer,
+        sew_resnet,
+        spike_driven_transformer,
+        spikformer,
+    )
+
+    transformers = (qkformer, spikformer, spike_driven_transformer, meta_spikeformer)
+    transformers += (e_spikeformer, max_former)
+    rows = []
+    for module in (*transformers, sew_resnet, ms_resnet, nf_resnet, preact_resnet):
+        rows += [
+            (each.family, each.size, f"{each.parameters / 1e6:.2f}", each.top1, each.source)
+            for each in module.PUBLISHED_SIZES
+        ]
+    console = new_console()
+    columns = ("family", "size", number("M"), prose("top-1, %"), "arXiv")
+    print_table(console, columns, rows)
+    say(
+        console,
+        "M: million parameters. top-1: published accuracy on ImageNet at 224 pixels, not measured"
+        " here (-: none is known here). from_published of each family's module makes the network"
+        " from published weights. Their names and shapes map to ours and back, and with"
+        " random weights the logits are those of the published code (docs/LOG.md). No published"
+        " file of weights was read.",
+    )
 
 
 def _of_recipe(recipe: Any, name: str) -> "tuple[nn.Module, Tensor, str]":

@@ -2,6 +2,17 @@
 
 import os
 from pathlib import Path
+from typing import Literal
+
+ExportFormat = Literal["plain", "packed", "nir", "torch", "torch-step"]
+
+_EXPORTS: dict[ExportFormat, str] = {
+    "plain": "weights.safetensors",
+    "packed": "weights-packed.safetensors",
+    "nir": "network.nir",
+    "torch": "network.pt2",
+    "torch-step": "network-step.pt2",
+}
 
 
 class RunFolder:
@@ -39,7 +50,6 @@ class RunFolder:
         self.early_artifacts = (self.recipe,)
         self.late_artifacts = (self.summary, self.activity, self.predictions)
 
-    def weights(self, layout: str) -> Path:
-        """The file of `spiketrain export`. Its name ends with the layout, except for "plain"."""
-        name = "weights" if layout == "plain" else f"weights-{layout}"
-        return self.path / f"{name}.safetensors"
+    def export(self, format: ExportFormat) -> Path:
+        """The file of `spiketrain export`."""
+        return self.path / _EXPORTS[format]

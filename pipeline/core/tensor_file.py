@@ -24,8 +24,9 @@ from pipeline.core.checks import require
 def read_state(file: Path, *, subject: str) -> Mapping[str, Tensor]:
     """Read the `state_dict` in a .safetensors file, or in a file of torch.save.
 
-    In a file of torch.save the state may be the value of `state_dict`, `model` or `module`, beside
-    plain values and the arguments of the program that wrote the file. No code of the file is run.
+    In a file of torch.save the state may be the value of `state_dict`, `model`, `module` or `net`,
+    beside plain values and the arguments of the program that wrote the file. No code of the file is
+    run.
 
     Raises:
         ValueError: the file does not exist, cannot be read, or contains something other than named
@@ -44,7 +45,7 @@ def read_state(file: Path, *, subject: str) -> Mapping[str, Tensor]:
         raise ValueError(
             f"{subject}: {file} must hold weights; it could not be read: {_first_line(error)}"
         ) from error
-    for wrapper in ("state_dict", "model", "module"):
+    for wrapper in ("state_dict", "model", "module", "net"):
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     require(

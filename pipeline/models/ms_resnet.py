@@ -16,13 +16,20 @@ Source: Hu et al. 2021 (MS-ResNet, arXiv 2112.08954).
 
 # T time, B batch, C channels, H W pixels, K classes
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import StatisticsOver
+from pipeline.models.published import (
+    PublishedNames,
+    PublishedSize,
+    load_published,
+    resnet_sizes,
+)
 from pipeline.models.residual import BlockFactory, Layer, Norm, resnet_stages
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.neuron import LIF
@@ -32,6 +39,24 @@ from pipeline.spiking.synapse import Linear
 
 THRESHOLD = 0.5
 NEURON = LIF(0.25, threshold=THRESHOLD, reset="zero", surrogate=Rectangle(1.0))
+
+NAMES = PublishedNames(
+    (
+        (r"^stem\.synapse\.", "conv1.0."),
+        (r"^stem\.norm\.", "conv1.1.bn."),
+        (r"^stem\.2\.norm\.", "conv1.3.bn."),
+        (r"^stem\.(\d)\.(?:synapse\.)?", r"conv1.\1."),
+        (r"^stages\.(\d)\.", lambda match: f"conv{int(match[1]) + 2}_x."),
+        (r"\.branch\.0\.synapse\.", ".residual_function.1."),
+        (r"\.branch\.0\.norm\.", ".residual_function.2.bn."),
+        (r"\.branch\.2\.synapse\.", ".residual_function.4."),
+        (r"\.branch\.2\.norm\.", ".residual_function.5.bn."),
+        (r"\.shortcut\.(\d)\.synapse\.", r".shortcut.\1."),
+        (r"\.shortcut\.0\.norm\.", ".shortcut.1.bn."),
+        (r"\.shortcut\.1\.norm\.", ".shortcut.2.bn."),
+        (r"^classifier\.", "fc."),
+    )
+)
 
 DEPTHS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 104: (3, 8, 32, 8)}
 
@@ -84,6 +109,7 @@ class MSResNet(nn.Module):
         )
         refuse_unless_one_of("MSResNet", ("one", "three"), stem=stem)
         refuse_unless_one_of("MSResNet", ("membrane", "multiple"), shortcut=shortcut)
+        self.published = NAMES if (shortcut, norm) == ("membrane", "batch") else None
         factory = BlockFactory(
             shortcut=shortcut, neuron=neuron, norm=norm, over=over, norm_gain=THRESHOLD
         )
@@ -143,3 +169,34 @@ def ms_resnet(
         drop_path=drop_path,
         neuron=neuron,
     )
+
+
+def from_published(published: Mapping[str, Tensor], *, over: StatisticsOver = "time") -> MSResNet:
+    """An MS-ResNet with published weights. Its sizes are those of the tensors.
+
+    `over`: statistics of batch norm in training. "time" is as published; rules that run in slices
+    need "step".
+
+    Raises: ValueError for missing or unknown tensors, or tensors of another shape.
+    """
+    is_deep = "conv1.2.weight" in published
+    return load_published(
+        published,
+        lambda: MSResNet(
+            stem="three" if is_deep else "one",
+            pooled=is_deep,
+            dropout=0.2 if is_deep else 0.0,
+            over=over,
+            **resnet_sizes(published, first="conv1.0", stage=r"conv\d_x"),
+        ),
+    )
+
+
+PUBLISHED_SIZES = tuple(
+    PublishedSize("MS-ResNet", size, parameters, "-", "2112.08954", build)
+    for build, size, parameters in (
+        (partial(ms_resnet, 18), "18", 11_693_736),
+        (partial(ms_resnet, 34), "34", 21_801_896),
+        (partial(ms_resnet, 104), "104", 77_350_504),
+    )
+)

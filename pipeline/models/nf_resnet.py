@@ -15,17 +15,39 @@ Source: Brock et al. 2021 (arXiv 2101.08692) for the network without batch norm;
 
 # T time, B batch, C channels, H W pixels, K classes
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import Pool, standardized_conv
+from pipeline.models.published import (
+    RESNET_STAGES,
+    PublishedNames,
+    PublishedSize,
+    load_published,
+    resnet_sizes,
+)
 from pipeline.models.residual import BlockFactory, resnet_stages
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.synapse import Linear
+
+NAMES = PublishedNames(
+    (
+        (r"^stem\.0\.", "conv1."),
+        *RESNET_STAGES,
+        (r"\.skip_gain$", ".skipinit_gain"),
+        (r"\.branch\.0\.synapse\.", ".conv1."),
+        (r"\.branch\.2\.synapse\.", ".conv2."),
+        (r"\.branch\.4\.synapse\.", ".conv3."),
+        (r"\.shortcut\.0\.synapse\.", ".downsample."),
+        (r"^classifier\.", "fc."),
+    ),
+    flat=r"skipinit_gain$",
+    spellings=[(r"\.op\.", ".")],  # of OTTT's wrapper around layers
+)
 
 
 class NFResNet(nn.Module):
@@ -66,6 +88,7 @@ class NFResNet(nn.Module):
             },
         )
         refuse_unless_one_of("NFResNet", ("imagenet", "small"), stem=stem)
+        self.published = NAMES if stem == "imagenet" else None
         factory = BlockFactory(shortcut="membrane", neuron=neuron, norm="sws")
         if stem == "imagenet":
             self.stem = StaticInput(
@@ -161,3 +184,32 @@ def nf_resnet18_small(
         stem_stride=stem_stride,
         neuron=neuron,
     )
+
+
+def from_published(published: Mapping[str, Tensor], *, neuron: nn.Module = LIF(1 / 11)) -> NFResNet:
+    """An NF-ResNet with the weights of SLTT or OTTT. Its sizes are those of the tensors.
+
+    No tensor shows the neuron. The default is SLTT's. OTTT's is LIF(surrogate=Sigmoid(4.0)).
+
+    Raises: ValueError for missing or unknown tensors, or tensors of another shape.
+    """
+    return load_published(
+        published,
+        lambda: NFResNet(
+            bottleneck=any(".conv3." in name for name in published),
+            stem="imagenet",
+            neuron=neuron,
+            **resnet_sizes(published),
+        ),
+    )
+
+
+PUBLISHED_SIZES = tuple(
+    PublishedSize("NF-ResNet", size, parameters, top1, source, build)
+    for size, parameters, top1, source, build in (
+        ("34", 21_797_688, "66.19, T=6, SLTT", "2302.14311", nf_resnet34),
+        ("34", 21_797_688, "65.15, T=6, OTTT", "2210.04195", nf_resnet34),
+        ("50", 25_557_048, "67.02, T=6, SLTT, unconfirmed", "2302.14311", nf_resnet50),
+        ("101", 44_549_193, "69.26, T=6, SLTT, unconfirmed", "2302.14311", nf_resnet101),
+    )
+)

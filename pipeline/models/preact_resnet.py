@@ -14,19 +14,47 @@ Source: He et al. 2016 (arXiv 1603.05027); Meng et al. 2022 (DSR, arXiv 2205.004
 
 # T time, B batch, C channels, H W pixels, K classes
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import Pool, RateHead, StatisticsOver, copy_neuron
+from pipeline.models.published import (
+    RESNET_STAGES,
+    PublishedNames,
+    PublishedSize,
+    load_published,
+    resnet_sizes,
+)
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.rate import RateIF, rate_readout
 from pipeline.spiking.slice_cache import StaticInput
 from pipeline.spiking.synapse import Conv2d, Linear
 
 Head = Literal["rate", "linear"]
+
+# Of DSR's network for ImageNet. That for CIFAR has biases, which ours has not.
+NAMES = PublishedNames(
+    (
+        (r"^stem\.0\.", "conv1."),
+        (r"^stem\.1\.", "bn1."),
+        (r"^stem_spikes\.0\.", "relu1."),
+        (r"^norm\.", "bn2."),
+        (r"^neuron\.", "relu2."),
+        (r"^classifier\.neuron_in\.", "relu3."),
+        (r"^classifier\.linear\.", "fc."),
+        (r"^classifier\.norm\.", "bn3."),
+        (r"^classifier\.neuron_out\.", "relu4."),
+        *RESNET_STAGES,
+        (r"\.norm(\d)\.", r".bn\1."),
+        (r"\.neuron(\d)\.", r".relu\1."),
+        (r"\.shortcut\.", ".downsample."),
+        (r"\.threshold$", ".Vth"),
+    ),
+    flat=r"\.Vth$",
+)
 
 
 class Block(nn.Module):
@@ -86,6 +114,7 @@ class PreActResNet(nn.Module):
         )
         refuse_unless_one_of("PreActResNet", ("imagenet", "small"), stem=stem)
         refuse_unless_one_of("PreActResNet", ("rate", "linear"), head=head)
+        self.published = NAMES if (stem, head) == ("imagenet", "rate") else None
         self.stem, self.stem_spikes = StaticInput(), nn.Sequential()
         if stem == "imagenet":
             self.stem.extend([_conv(in_channels, width, 7, stride=2), BatchNorm(width, over=over)])
@@ -172,7 +201,40 @@ def preact_resnet18_small(
     )
 
 
+def from_published(
+    published: Mapping[str, Tensor],
+    *,
+    over: StatisticsOver = "time",
+    neuron: nn.Module = RateIF(threshold_gradient=0.001),
+) -> PreActResNet:
+    """A PreAct-ResNet-18 or -34 with DSR's weights for ImageNet.
+
+    Its sizes are those of the tensors. Of the neuron the tensors show the threshold alone. The
+    default is the published IF.
+
+    Raises: ValueError for missing or unknown tensors, or tensors of another shape.
+    """
+    return load_published(
+        published,
+        lambda: PreActResNet(
+            stem="imagenet", head="rate", over=over, neuron=neuron, **resnet_sizes(published)
+        ),
+    )
+
+
 def _conv(in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1) -> Conv2d:
     conv = Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     return conv
+
+
+PUBLISHED_SIZES = (
+    PublishedSize(
+        "PreAct-ResNet",
+        "18",
+        11_691_660,
+        "67.74, T=50, unconfirmed",
+        "2205.00459",
+        preact_resnet18,
+    ),
+)

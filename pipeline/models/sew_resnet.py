@@ -11,13 +11,23 @@ Source: Fang et al. 2021 (SEW, arXiv 2102.04159), its variant "ADD".
 
 # T time, B batch, C channels, H W pixels, K classes
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
 
 from pipeline.core.checks import refuse_unless_counts, refuse_unless_one_of
 from pipeline.models.parts import Pool, StatisticsOver
+from pipeline.models.published import (
+    RESNET_STAGES,
+    PublishedNames,
+    PublishedSize,
+    load_published,
+    resnet_sizes,
+)
 from pipeline.models.residual import BlockFactory, Layer, resnet_stages
 from pipeline.spiking.neuron import IF
 from pipeline.spiking.slice_cache import StaticInput
@@ -28,6 +38,25 @@ Shortcut = Literal["sew", "post_activation"]
 
 # The surrogate is SpikingJelly's default, because no setting was published.
 NEURON = IF(reset="zero", surrogate=ATan())
+
+NAMES = PublishedNames(
+    (
+        (r"^stem\.0\.synapse\.", "conv1."),
+        (r"^stem\.0\.norm\.", "bn1."),
+        *RESNET_STAGES,
+        (r"\.branch\.0\.", ".conv1."),
+        (r"\.branch\.2\.", ".conv2."),
+        (r"\.branch\.4\.", ".conv3."),
+        (r"\.shortcut\.0\.", ".downsample.0."),
+        (r"\.synapse\.", ".module.0."),
+        (r"\.norm\.", ".module.1."),
+        (r"^classifier\.", "fc."),
+    ),
+    # The container of SpikingJelly 0.0.0.0.12 has no "module".
+    spellings=[(r"^(layer.*\.(?:conv\d|downsample|downsample\.0))\.(\d\.\w+)$", r"\1.module.\2")],
+)
+# The shortcut of Spiking ResNet has no neuron.
+SPIKING_NAMES = replace(NAMES, renames=(*NAMES.renames, (r"\.downsample\.0\.", ".downsample.")))
 
 DEPTHS = {
     18: (2, 2, 2, 2),
@@ -70,6 +99,7 @@ class SEWResNet(nn.Module):
             {"classes": classes, "in_channels": in_channels, "width": width, "blocks": blocks},
         )
         refuse_unless_one_of("SEWResNet", ("sew", "post_activation"), shortcut=shortcut)
+        self.published = NAMES if shortcut == "sew" else SPIKING_NAMES
         factory = BlockFactory(shortcut=shortcut, neuron=neuron, over=over)
         self.stem = nn.Sequential(
             StaticInput.of(factory.normed_synapse(Layer(in_channels, width, 7, stride=2))),
@@ -109,3 +139,43 @@ def sew_resnet(
         over=over,
         neuron=neuron,
     )
+
+
+def from_published(published: Mapping[str, Tensor], *, over: StatisticsOver = "time") -> SEWResNet:
+    """A SEW-ResNet or a Spiking ResNet with published weights. Its sizes are those of the tensors.
+
+    `over`: statistics of batch norm in training. "time" is as published; rules that run in slices
+    need "step".
+
+    Raises: ValueError for missing or unknown tensors, or tensors of another shape.
+    """
+    is_sew = any(re.search(r"\.downsample\.0\.(module|\d)\.", name) for name in published)
+    return load_published(
+        published,
+        lambda: SEWResNet(
+            bottleneck=any(".conv3." in name for name in published),
+            shortcut="sew" if is_sew else "post_activation",
+            over=over,
+            **resnet_sizes(published),
+        ),
+    )
+
+
+# Top-1 is that of the best epoch in the published logs.
+PUBLISHED_SIZES = tuple(
+    PublishedSize(
+        "SEW-ResNet",
+        size,
+        parameters,
+        f"{top1}, T=4",
+        "2102.04159",
+        build,
+    )
+    for build, size, parameters, top1 in (
+        (partial(sew_resnet, 18), "18", 11_689_512, 63.18),
+        (partial(sew_resnet, 34), "34", 21_797_672, 67.04),
+        (partial(sew_resnet, 50), "50", 25_557_032, 67.78),
+        (partial(sew_resnet, 101), "101", 44_549_160, 68.76),
+        (partial(sew_resnet, 152), "152", 60_192_808, 69.26),
+    )
+)

@@ -1,4 +1,13 @@
-"""Writes a trained network as one safetensors file that describes the network, and loads it again.
+"""Writes a trained network as one file, and loads it again.
+
+    format          file
+    "plain"         safetensors, see below
+    "packed"        the same, with 1-bit weights 8 to a byte
+    "nir"           NIR, for SpikingJelly, snnTorch, norse and chips (`models/nir.py`)
+    "torch"         a program of torch that runs without spiketrain: all T steps
+    "torch-step"    the same, but one step (`models/program.py`)
+
+A safetensors file describes the network, and `load` reads it:
 
     layout      tensors
     "plain"     the network's `state_dict`, with the latent weights of 1-bit synapses. The network
@@ -21,12 +30,13 @@ Another batch size or another machine may also change such a spike.
 
 import copy
 import hashlib
+import io
 import json
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -34,12 +44,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pipeline.core.checks import require
+from pipeline.core.checks import refuse_unless_one_of, require
 from pipeline.core.files import write_whole
-from pipeline.core.run_folder import RunFolder
+from pipeline.core.run_folder import ExportFormat, RunFolder
 from pipeline.core.tensor_file import describe_mismatch
 from pipeline.core.units import counted
 from pipeline.data.pictures import Pretrained
+from pipeline.models.program import to_program
 from pipeline.recipe import own_code
 from pipeline.recipe.json import decode, encode, targets
 from pipeline.recipe.recipe import TRUSTED, Recipe, Spec
@@ -58,17 +69,16 @@ from pipeline.train.weights import load_run, pretrained
 FORMAT = "spiketrain"
 VERSION = "2"
 
-Layout = Literal["plain", "packed"]
-
 
 @dataclass(frozen=True)
 class ExportedFile:
     """The file of an export. As text: its size, and the line of Python that loads the network."""
 
     file: Path
-    plain_bytes: int  # size of the tensors before packing
+    loader: str  # what loads the file
     parameters: int
-    # the next three: of a packed network
+    # the next four: of a packed network
+    plain_bytes: int = 0  # size of the tensors before packing
     bit_parameters: int = 0
     bit_synapses: int = 0
     folded_synapses: int = 0  # whose scales are folded into a norm
@@ -86,7 +96,7 @@ class ExportedFile:
         trust = f", trust={list(self.trust)}" if self.trust else ""
         return (
             f"{self.file}: {self.file.stat().st_size / 1e6:.4g} MB{content}\n"
-            f"load    pipeline.load({str(self.file.absolute())!r}{trust})"
+            f"load    {self.loader}({str(self.file.absolute())!r}{trust})"
         )
 
 
@@ -94,7 +104,7 @@ def export_run(
     folder: Path,
     out: Path | None = None,
     *,
-    layout: Layout = "plain",
+    format: ExportFormat = "plain",
     which: str = "last",
     trust: Collection[str] = (),
 ) -> ExportedFile:
@@ -102,24 +112,26 @@ def export_run(
 
     Raises:
         ValueError: the run's network cannot be loaded, `out` exists, its folder does not exist, or
-            the layout is "packed" and no weight has 1 bit.
+            the format cannot have the network.
     """
+    refuse_unless_one_of("export", get_args(ExportFormat), format=format)
     files = RunFolder(folder)
     recipe = Recipe.read(files.recipe, trust=trust)
-    out = files.weights(layout) if out is None else out
+    out = files.export(format) if out is None else out
     require(
         out.parent.is_dir() and not out.exists(),
         f"export: the file must be a new one in a folder that exists; got {out}: choose another"
         " with --out",
     )
     network = load_run(folder, which=which, trust=trust)
+    if format not in ("plain", "packed"):
+        return _export_without_us(network, recipe, out, format)
     state, packed = network.state_dict(), {}
-    plain_bytes = sum(value.nbytes for value in state.values())
-    if layout == "packed":
+    if format == "packed":
         synapses = binary_synapses(network)
         require(
             synapses,
-            "export: --packed needs 1-bit weights, and the network has none; omit --packed, or"
+            "export: --format packed needs 1-bit weights, and the network has none; omit it, or"
             " train a model of spec(binarized, ...) (pipeline/models/transforms.py)",
         )
         task = tasks_of(recipe)[0]
@@ -127,6 +139,7 @@ def export_run(
         zeros_TB = to_time_first(torch.zeros(1, *task.data.shape), recipe.time_steps)
         state, folded = pack(network, following_norms(network, synapses, zeros_TB))
         packed = {
+            "plain_bytes": sum(value.nbytes for value in network.state_dict().values()),
             "bit_parameters": sum(synapse.weight.numel() for synapse in synapses.values()),
             "bit_synapses": len(synapses),
             "folded_synapses": folded,
@@ -137,20 +150,37 @@ def export_run(
     metadata = {
         "format": FORMAT,
         "version": VERSION,
-        "layout": layout,
+        "layout": format,
         "model": json.dumps(model),
         "time_steps": str(recipe.time_steps),
         "pretrained": json.dumps(pretrained(folder, recipe).to_json()),
         **({"code": json.dumps(own_code.folders_of(own))} if own else {}),
     }
     write_whole(out, save(tensors, {**metadata, "sha256": _digest(metadata, tensors)}))
-    return ExportedFile(
-        file=out,
-        plain_bytes=plain_bytes,
-        parameters=sum(p.numel() for p in network.parameters()),
-        trust=own,
-        **packed,
-    )
+    parameters = sum(p.numel() for p in network.parameters())
+    return ExportedFile(out, "pipeline.load", parameters, trust=own, **packed)
+
+
+def _export_without_us(
+    network: nn.Module, recipe: Recipe, out: Path, format: ExportFormat
+) -> ExportedFile:
+    """Write a file that is read without spiketrain."""
+    task = tasks_of(recipe)[0]
+    task.choose_head(network)
+    # Recordings have a time axis.
+    shape, steps = task.data.shape[-3:], recipe.time_steps if format == "torch" else None
+    content: Any = io.BytesIO()
+    if format == "nir":
+        import nir
+
+        from pipeline.models.nir import to_nir
+
+        nir.write(content, to_nir(network, shape))
+    else:
+        torch.export.save(to_program(network, shape, steps=steps), content)
+    write_whole(out, content.getvalue())
+    loader = "nir.read" if format == "nir" else "torch.export.load"
+    return ExportedFile(out, loader, sum(p.numel() for p in network.parameters()))
 
 
 def is_export(file: Path) -> bool:

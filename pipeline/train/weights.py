@@ -15,7 +15,7 @@ from pipeline.core.files import write_whole
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.tensor_file import describe_mismatch, read_state
 from pipeline.data.pictures import Pretrained, Transform
-from pipeline.models.qkformer import QKFormer, is_published, to_our_names
+from pipeline.models.published import to_our_names
 from pipeline.recipe.recipe import Recipe, read_json
 from pipeline.recipe.spec import Spec, is_path
 from pipeline.spiking.binary import Binarizer, binary_synapses
@@ -56,8 +56,8 @@ def pretrained(run: Path, recipe: Recipe) -> Pretrained:
 
 
 def load_weights(network: nn.Module, file: Path) -> nn.Module:
-    """Load all weights of a network from a file. Returns the network in evaluation mode. A file of
-    QKFormer may have the published names.
+    """Load all weights of a network from a file. Returns the network in evaluation mode. The
+    tensors may have the published names of the network's family.
 
     Raises:
         ValueError: the file cannot be read, or weights do not fit. The message names the first
@@ -114,7 +114,8 @@ def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
         decays        if they are learnt and the file has none
         scales        of 1-bit weights, if they are learnt and the file has none: computed anew
 
-    A file of QKFormer may have the published names. Returns the keys that were not loaded.
+    The tensors may have the published names of the network's family. Returns the keys that were
+    not loaded.
 
     Raises:
         ValueError: the file cannot be read, or keys do not match. The message names the first ones.
@@ -166,13 +167,7 @@ def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
 
 
 def _read(file: Path, network: nn.Module, *, subject: str) -> Mapping[str, Tensor]:
-    tensors = read_state(file, subject=subject)
-    if isinstance(network, QKFormer) and is_published(tensors):
-        try:
-            return to_our_names(tensors, network)
-        except ValueError as error:
-            raise ValueError(f"{subject}: {file}: {error}") from error
-    return tensors
+    return to_our_names(read_state(file, subject=subject), network)
 
 
 def study_inputs(recipe: Recipe, fingerprint: str) -> dict[str, str]:

@@ -2,16 +2,22 @@
 speaks.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from pipeline.models.e_spikeformer import ESpikeFormer
+from pipeline.models.max_former import MaxFormer, MSQKFormer
+from pipeline.models.meta_spikeformer import MetaSpikeFormer
 from pipeline.models.ms_resnet import MSResNet
 from pipeline.models.nf_resnet import NFResNet
 from pipeline.models.qkformer import QKFormer
 from pipeline.models.sew_resnet import SEWResNet
+from pipeline.models.spike_driven_transformer import SpikeDrivenTransformer
+from pipeline.models.spikformer import Spikformer
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 
@@ -93,3 +99,30 @@ def lively(model: M) -> M:
 def spike(x: torch.Tensor, threshold: float = 1.0) -> torch.Tensor:
     """A neuron at its first time step."""
     return (x >= threshold).to(x.dtype)
+
+
+def transformer(build: Callable[..., M], **choices: Any) -> M:
+    """A network with statistics and gains under which streams of real numbers stay near 0."""
+    torch.manual_seed(0)
+    model = build(**choices)
+    for name, module in model.named_modules():
+        if isinstance(module, BatchNorm):
+            nn.init.uniform_(module.weight, 1, 2)
+            is_projection = ".projections." in name
+            nn.init.uniform_(module.bias, *((0.5, 3) if is_projection else (-0.5, 1.5)))
+            nn.init.uniform_(module.running_mean, -0.2, 0.2)
+            nn.init.uniform_(module.running_var, 0.1, 0.3)
+    return model
+
+
+STAGES: dict[str, Any] = {"channels": 32, "depth": 2, "classes": 5}
+PYRAMID: dict[str, Any] = {"channels": (8, 16, 24, 32), "heads": 2, "classes": 5}
+# Networks of the sizes of the published modules in tests/golden.
+TRANSFORMERS: dict[str, Callable[..., nn.Module]] = {
+    "spikformer": partial(transformer, Spikformer, heads=2, **STAGES),
+    "spike-driven transformer": partial(transformer, SpikeDrivenTransformer, **STAGES),
+    "max-former": partial(transformer, MaxFormer, channels=64, heads=1, classes=5),
+    "ms-qkformer": partial(transformer, MSQKFormer, channels=64, heads=1, classes=5),
+    "meta-spikeformer": partial(transformer, MetaSpikeFormer, distilled=True, **PYRAMID),
+    "e-spikeformer": partial(transformer, ESpikeFormer, **PYRAMID),
+}

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from pipeline.data.datasets.synthetic import Synthetic
 from pipeline.launch.prepare import write_job
-from pipeline.models.qkformer import QKFormer, to_published
+from pipeline.models.published import to_published
+from pipeline.models.qkformer import QKFormer
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
@@ -171,11 +172,11 @@ def test_what_does_not_fit_is_refused_in_one_line(
         ),
         (
             (recipe, "--weights", whole, "--set", "model.shortcut=multiple"),
-            "whole.pth: QKFormer: .*with shortcut='sew'",
+            "whole.pth must fit .* 170 unknown: patch_embed1",
         ),
         (
             (recipe, "--weights", whole, "--set", "model.shortcut=sew_multiple"),
-            "whole.pth: .*only tensors of a QKFormer",
+            "whole.pth must fit .* 170 unknown: patch_embed1",
         ),
         (
             (recipe, "--weights", whole, "--set", "data.classes=3"),

@@ -1,12 +1,19 @@
-"""Both attentions at one time step against sums over pairs of tokens, written out."""
+"""Every attention at one time step against sums over pairs of tokens, written out."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.qkformer import Attention, OverSamples, SelfAttention, TokenQK
+from pipeline.models.attention import (
+    Attention,
+    ChannelMask,
+    OverSamples,
+    SelfAttention,
+    TokenQK,
+)
 from pipeline.models.residual import BlockFactory
 from pipeline.spiking.neuron import LIF, PLIF
 from pipeline.spiking.norm import BatchNorm
@@ -51,26 +58,29 @@ def by_hand(attention: Attention, shortcut: str, x_BCN: Tensor) -> Tensor:
         q, k = heads["q"][..., n], heads["k"]
         if isinstance(attention, TokenQK):
             a[..., n] = spike(q.sum(-1, keepdim=True), 0.5) * k[..., n]
+        elif isinstance(attention, ChannelMask):
+            a[..., n] = spike((k * heads["v"]).sum(-1), 0.5) * q
         else:
             a[..., n] = sum(
                 0.125 * (q * k[..., m]).sum(-1, keepdim=True) * heads["v"][..., m]
                 for m in range(x_BCN.shape[-1])
             )
     a_BCN = a.flatten(1, 2)
-    y_BCN = currents(
-        attention.project, a_BCN if isinstance(attention, TokenQK) else spike(a_BCN, 0.5)
-    )
+    s_BCN = spike(a_BCN, 0.5) if isinstance(attention, SelfAttention) else a_BCN
+    y_BCN = currents(attention.project, s_BCN)
     if shortcut == "sew":
         return spike(y_BCN)
     return y_BCN + a_BCN if shortcut == "multiple_all" else y_BCN
 
 
-@pytest.mark.parametrize("kind", [TokenQK, SelfAttention])
+@pytest.mark.parametrize(
+    "kind", [partial(TokenQK, heads=HEADS), partial(SelfAttention, heads=HEADS), ChannelMask]
+)
 @pytest.mark.parametrize("shortcut", ["sew", "membrane", "multiple", "multiple_all"])
 @torch.no_grad()
 def test_its_form(kind, shortcut):
     factory = BlockFactory(shortcut=shortcut, neuron=LIF(0.5))
-    attention = lively(kind(factory, CHANNELS, heads=HEADS))
+    attention = lively(kind(factory, CHANNELS))
     x_BCHW = 2 * torch.randn(3, CHANNELS, 3, 2, dtype=torch.float64)
     x_BCHW = spike(x_BCHW) if shortcut == "sew" else x_BCHW
     expected = by_hand(attention, shortcut, x_BCHW.flatten(2)).unflatten(2, (3, 2))

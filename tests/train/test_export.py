@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nir
 import pytest
 import torch
 from hypothesis import given, settings
@@ -21,11 +22,13 @@ from pipeline.data.pictures import Pretrained
 from pipeline.launch.prepare import write_job
 from pipeline.models.convnet import convnet
 from pipeline.models.ms_resnet import MSResNet
+from pipeline.models.nir import from_nir
 from pipeline.models.qkformer import QKFormer
 from pipeline.models.transforms import binarized
 from pipeline.recipe.json import encode
 from pipeline.recipe.recipe import Checkpointing, Recipe, Spec, spec
 from pipeline.spiking.binary import binary_synapses, following_norms
+from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import fresh_state
 from pipeline.spiking.synapse import effective_weight
@@ -53,6 +56,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     kinds = {weights: recipe(weights) for weights in ("scaled", "centred", "ir", "learnable")}
     kinds |= {"bare": recipe(norm="none"), "full": replace(recipe(), model=NET)}
+    kinds["hard"] = replace(recipe(), model=NET.with_(neuron=spec(LIF, reset="zero")))
     for name, made in kinds.items():
         train_inline(folder / name, made)
     return folder
@@ -91,7 +95,7 @@ def test_it_comes_back_to_the_same_logits(
     name: str, layout: str, runs: Path, tmp_path: Path
 ) -> None:
     run, file = runs / name, tmp_path / "net.safetensors"
-    told = export_run(run, file, layout=layout)  # type: ignore[arg-type]
+    told = export_run(run, file, format=layout)  # type: ignore[arg-type]
     trained, reloaded = pipeline.load(run), pipeline.load(file)
     expected = logits(trained)
     assert expected.abs().max() > 0.1 and not reloaded.training
@@ -158,7 +162,7 @@ def test_streams_of_real_numbers_come_back_to_the_same_logits(
 
 
 def test_a_byte_holds_eight_weights_and_the_file_says_so(runs: Path, tmp_path: Path) -> None:
-    told = export_run(runs / "scaled", tmp_path / "net.safetensors", layout="packed")
+    told = export_run(runs / "scaled", tmp_path / "net.safetensors", format="packed")
     tensors = load_file(told.file)
     trained = pipeline.load(runs / "scaled")
     sizes = {"stages.1.0.conv": 270, "stages.1.1.conv": 378, "stages.2.0.conv": 441}
@@ -190,7 +194,7 @@ def test_a_scale_that_no_norm_can_take_lies_beside_its_bits() -> None:
 
 @pytest.fixture(scope="module")
 def packed(runs: Path) -> Path:
-    return export_run(runs / "scaled", runs / "scaled" / "net.safetensors", layout="packed").file
+    return export_run(runs / "scaled", runs / "scaled" / "net.safetensors", format="packed").file
 
 
 def test_a_truncated_file_is_refused(packed: Path, tmp_path: Path) -> None:
@@ -273,7 +277,7 @@ def test_what_cannot_be_loaded_is_refused(packed: Path, tmp_path: Path) -> None:
 def test_export_and_evaluate(runs: Path, tmp_path: Path, done: Done, refused: Refused) -> None:
     here = ("--runs", str(runs))
     file, nowhere = tmp_path / "net.safetensors", tmp_path / "no" / "net.safetensors"
-    packed = ("export", "learnable", "--packed", "--out", file, *here)
+    packed = ("export", "learnable", "--format", "packed", "--out", file, *here)
     out = done(*packed)
     assert out.startswith(f"{file}: ") and out.endswith(f"\nload    pipeline.load('{file}')\n")
     assert "1,089 of 1,284 parameters are bits, in 3 synapses; the scales of 3 of them" in out
@@ -282,8 +286,8 @@ def test_export_and_evaluate(runs: Path, tmp_path: Path, done: Done, refused: Re
     for words, got in ((packed, file), (("export", "full", "--out", nowhere, *here), nowhere)):
         taken = "export: the file must be a new one in a folder that exists; got"
         assert refused(*words).startswith(f"{taken} {got}")
-    assert refused("export", "full", "--packed", *here) == (
-        "export: --packed needs 1-bit weights, and the network has none; omit --packed, or"
+    assert refused("export", "full", "--format", "packed", *here) == (
+        "export: --format packed needs 1-bit weights, and the network has none; omit it, or"
         " train a model of spec(binarized, ...) (pipeline/models/transforms.py)"
     )
 
@@ -301,6 +305,24 @@ def test_export_and_evaluate(runs: Path, tmp_path: Path, done: Done, refused: Re
         (full, "the file must contain binarized("),
     ):
         assert said in refused(*evaluate, "--weights", weights)
+
+
+def test_other_formats(runs: Path, done: Done, refused: Refused) -> None:
+    """What they compute: tests/models/test_nir.py and test_program.py."""
+    here = ("--runs", str(runs))
+    out = done("export", "hard", "--format", "nir", *here)
+    assert out.endswith(f"load    nir.read('{runs / 'hard' / 'network.nir'}')\n")
+    network, graph = pipeline.load(runs / "hard"), nir.read(runs / "hard" / "network.nir")
+    expected = logits(network)
+    assert torch.allclose(logits(from_nir(graph)), expected, rtol=0, atol=1e-5)
+    out = done("export", "hard", "--format", "torch", *here)
+    assert out.endswith(f"load    torch.export.load('{runs / 'hard' / 'network.pt2'}')\n")
+    program = torch.export.load(runs / "hard" / "network.pt2").module()
+    x_TBCHW = torch.randn(3, 16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.allclose(program(x_TBCHW), expected, rtol=0, atol=1e-6)
+    said = "to_nir: stages.0.0.neuron: neurons of NIR are LIF or IF with reset to a value; got LIF"
+    assert refused("export", "full", "--format", "nir", *here).startswith(said)
+    assert not (runs / "full" / "network.nir").exists()
 
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path: Path, refused: Refused) -> None:

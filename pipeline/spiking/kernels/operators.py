@@ -29,9 +29,11 @@ _import = cache(import_module)  # with the first call
 def has_kernels(x: Tensor) -> bool:
     """Whether there are kernels for the device and the dtype of `x`.
 
-    There are on fake and meta tensors, which stand for those of a GPU.
+    There are on fake and meta tensors, which stand for those of a GPU. There are none in programs
+    of `torch.export`, which run without spiketrain.
     """
-    if x.dtype not in _DTYPES or (x.is_cuda and x.dtype == torch.float64):
+    has_dtype = x.dtype in _DTYPES and not (x.is_cuda and x.dtype == torch.float64)
+    if not has_dtype or torch.compiler.is_exporting():
         return False
     return isinstance(x, FakeTensor) or x.is_meta or _is_installed(_PACKAGES.get(x.device.type))
 
