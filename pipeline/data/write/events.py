@@ -28,7 +28,7 @@ def write_events(
     val_samples: int | None = None,
     content_seed: int | None = None,
     workers: int = 1,
-    max_bad: int = 0,
+    max_unreadable: float = 0.0,
     progress: Progress | None = None,
     existing: Existing = "refuse",
     **framing: Any,
@@ -46,7 +46,7 @@ def write_events(
             or one per image (saccades).
         content_seed: selects the generated recordings; default 0.
         framing: `frames_by`, `resize`, `counts` and `overflow` of recordings.Framing.
-        max_bad, existing: as in `write_sets`.
+        max_unreadable, existing: as in `write_sets`.
 
     Raises:
         DataError: an option is missing, out of range or has no effect, recordings are unavailable,
@@ -88,7 +88,7 @@ def write_events(
         Path(out),
         Framing(slices=slices, size=size, **framing),
         workers=workers,
-        max_bad=max_bad,
+        max_unreadable=max_unreadable,
         progress=progress,
         existing=existing,
     )

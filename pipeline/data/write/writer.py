@@ -45,7 +45,7 @@ class Source:
     classes: list[str]  # the position of a class name is its label
     items: Sequence[Any]  # the samples; each has a `label`, and `str` names it in error messages
     origin: str  # of the samples, for the manifest
-    left_out: tuple[str, ...] = ()  # see Manifest
+    left_out: Sequence[dict[str, str]] = ()  # see Manifest
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def write_sets(
     encode: Any,
     *,
     workers: int = 1,
-    max_bad: int = 0,
+    max_unreadable: float = 0.0,
     progress: Progress | None = None,
     existing: Existing = "refuse",
 ) -> list[Manifest]:
@@ -85,22 +85,23 @@ def write_sets(
         encode: a frozen dataclass. A call with a sample returns an `Encoded`, or the reason why the
             sample is unreadable. `encode.kind` is the kind of the file (format.py). The fields of
             the dataclass are stored in the manifest. Each worker process gets a copy.
-        max_bad: the number of samples in each set that may be unreadable. They are omitted and
-            listed in the manifest.
+        max_unreadable: the share of the samples of each set that may be unreadable. They are
+            omitted and listed in the manifest.
         existing: "refuse" raises if a file exists. "replace" replaces existing files. "keep" writes
             the files if none exists, raises if only some do, and otherwise verifies and keeps them.
 
     Raises:
-        TooManyUnreadable: a set has more than `max_bad` unreadable samples, or no readable one.
+        TooManyUnreadable: more samples of a set than `max_unreadable` are unreadable, or all.
             Before that, all samples of all sets are tried.
         DataError: an option is out of range, a file exists, a kept file is damaged or has other
-            options, a sample does not fit a page, or the disk is full or cannot be written.
+            options, or the disk is full or cannot be written.
         LoaderError: a worker process died or hung.
     """
     require_data(
-        workers >= 1 and max_bad >= 0 and existing in get_args(Existing),
-        "write: workers must be 1 or more, max_bad 0 or more, existing 'refuse', 'replace' or"
-        f" 'keep'; got workers={workers}, max_bad={max_bad}, existing={existing!r}",
+        workers >= 1 and 0 <= max_unreadable <= 1 and existing in get_args(Existing),
+        "write: workers must be 1 or more, max_unreadable a share in 0..1, existing 'refuse',"
+        f" 'replace' or 'keep'; got workers={workers}, max_unreadable={max_unreadable},"
+        f" existing={existing!r}",
     )
     files = [Path(out) / f"{source.name}.beton" for source in sets]
     existing_files = [str(file) for file in files if file.exists()]
@@ -120,7 +121,7 @@ def write_sets(
             _store(source, stack.enter_context(_renamed_to(file)), encode, workers, report)
             for source, file in zip(sets, files, strict=True)
         ]
-        _refuse_unreadable(written, encode.kind.name, max_bad)
+        _refuse_unreadable(written, max_unreadable)
         for path in manifest_paths:
             # A run that is killed before its end must not leave a manifest of another file.
             path.unlink(missing_ok=True)
@@ -194,17 +195,21 @@ def _verify_kept(files: Sequence[Path], encode: Any) -> list[Manifest]:
     return kept
 
 
-def _refuse_unreadable(written: Sequence[Manifest], kind: str, max_bad: int) -> None:
-    if all(each.samples and len(each.skipped) <= max_bad for each in written):
+def _refuse_unreadable(written: Sequence[Manifest], max_unreadable: float) -> None:
+    totals = [each.samples + len(each.skipped) for each in written]
+    if all(
+        each.samples and len(each.skipped) <= max_unreadable * total
+        for each, total in zip(written, totals, strict=True)
+    ):
         return
     counts = [
-        f"{len(each.skipped)} of {each.samples + len(each.skipped)} in {each.file}"
-        for each in written
+        f"{len(each.skipped)} of {total} in {each.file}"
+        for each, total in zip(written, totals, strict=True)
     ]
     raise TooManyUnreadable(
-        f"write: at most {counted(max_bad, kind)} of each set may be unreadable, and one must be"
-        f" readable; got {' and '.join(counts)} unreadable; repair or remove the unreadable"
-        " samples, or allow more with --max-bad",
+        f"write: a share of at most {max_unreadable:g} of each set may be unreadable, and one"
+        f" sample must be readable; got {' and '.join(counts)} unreadable; repair or remove the"
+        " unreadable samples, or allow a larger share with --max-unreadable",
         [sample for each in written for sample in each.skipped],
     )
 
@@ -218,13 +223,14 @@ def _store(
     labels, skipped, groups = [], [], defaultdict(list)
     with closing(BetonWriter(path, capacity=len(source.items), kind=encode.kind)) as writer:
         for item, result in encode_all(source.items, encode, workers=workers):
+            if isinstance(result, Encoded):
+                try:
+                    writer.add(result.payload, label=item.label, **result.attributes)
+                except DataError as error:  # it does not fit a page
+                    result = str(error)
             if isinstance(result, str):
                 skipped.append({"image": str(item), "reason": result})
             else:
-                try:
-                    writer.add(result.payload, label=item.label, **result.attributes)
-                except DataError as error:
-                    raise DataError(f"{item}: {error}") from error
                 content.add(result.payload, label=item.label, **result.attributes)
                 labels.append(item.label)
                 stored.update(result.counts)
