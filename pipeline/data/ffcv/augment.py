@@ -19,12 +19,11 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from pipeline.core.random import CROP, normal_table
 from pipeline.data.ffcv import strong_augment
-from pipeline.data.ffcv.api import imdecode, resize_crop
+from pipeline.data.ffcv.codec import decode_jpg, resize_area
 from pipeline.data.ffcv.format import JPG, Images
 from pipeline.data.ffcv.loops import (
     Decoder,
@@ -44,8 +43,6 @@ _ATTEMPTS = 10
 # float64.
 _DRAWS = np.arange(CROP, CROP + 4 * _ATTEMPTS, dtype=np.uint64).reshape(_ATTEMPTS, 4)
 _S32, _S52 = np.uint64(32), np.uint64(52)
-decode_jpg: Any = njit(nogil=True)(imdecode)
-resize: Any = njit(nogil=True)(resize_crop)
 
 
 class DecodeImages(Decoder):
@@ -169,7 +166,7 @@ def crop_image(pixels_hw3, side, options, area, ratios, seed, epoch, index):
         height = max(1, np.int64(area[0] * min(h, w)))
         top, left, width = (h - height) // 2, (w - height) // 2, height
     out_SS3 = np.empty((side, side, 3), np.uint8)
-    resize(pixels_hw3, top, top + height, left, left + width, out_SS3)
+    resize_area(pixels_hw3, top, top + height, left, left + width, out_SS3)
     return out_SS3
 
 
@@ -216,7 +213,7 @@ def image_decoder(strong: bool) -> Any:
             # Allocated here, because FFCV's memory would hold an image of the largest size for
             # each sample that is read ahead.
             pixels_hw3 = np.empty((h, w, 3), np.uint8)
-            status_B1[b, 0] = decode_jpg(stored, pixels_hw3, h, w, h, w, 0, 0, 1, 1, False, False)
+            status_B1[b, 0] = decode_jpg(stored, pixels_hw3)
         else:
             pixels_hw3 = stored.reshape((h, w, 3)).copy()
         if status_B1[b, 0] == 0:

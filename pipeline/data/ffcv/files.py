@@ -95,10 +95,14 @@ class FileData(OrderedData):
         return data
 
     def _loader(self, part: Part, order: TrainOrder | ValOrder, *, seed: int, threads: int) -> Any:
-        from pipeline.data.ffcv.reader import BetonLoader, usable_threads
+        from pipeline.data.ffcv import codec
+        from pipeline.data.ffcv.loader import BetonLoader, usable_threads
 
+        if codec.HAS_FFCV:
+            from pipeline.data.ffcv.reader import FFCVLoader as BetonLoader
         path = self._path(self._file(part))
-        decode = self._decoder(part, path, parallel=usable_threads(threads) > 1)
+        is_parallel = usable_threads(threads) > 1 and codec.HAS_FFCV
+        decode = self._decoder(part, path, parallel=is_parallel)
         return BetonLoader(path, decode, order, seed=seed, threads=threads, one_in=self._one_in)
 
     def _file(self, part: Part) -> Part:

@@ -1,7 +1,7 @@
 """Writes image sets: Fashion-MNIST from its four files, or pictures in a folder for each class.
 
 An image that is stored as JPEG keeps its bytes if it is a JPEG (also a progressive or grey one)
-that fits `max_resolution`, that FFCV's decoder accepts without a warning, and that needs no
+that fits `max_resolution`, that the decoder of runs accepts without a warning, and that needs no
 rotation. Pillow decodes all other images (PNG, CMYK, a JPEG with stray bytes or too large) to RGB,
 and shrinks them by area averaging if they are too large. They are then stored as a new JPEG or as
 raw pixels. Of 16 bits the upper 8 are stored, of several frames the first. Transparency is dropped,
@@ -20,26 +20,20 @@ from functools import cache
 from importlib.metadata import distribution
 from operator import attrgetter
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from pipeline.core.code_version import NOT_INSTALLED, installed_version
 from pipeline.core.errors import DataError, require_data
 from pipeline.core.random import bits
 from pipeline.core.units import first_few
 from pipeline.data.ffcv.format import JPG, RAW, Images
 from pipeline.data.ffcv.manifest import Manifest
-from pipeline.data.write.writer import (
-    Encoded,
-    Existing,
-    Progress,
-    Source,
-    check_kept,
-    write_sets,
-)
+from pipeline.data.write.writer import Encoded, Existing, Progress, Source, write_sets
 
 FASHION_PACKAGE = Path("/usr/share/datasets/fashion-mnist")  # Debian's dataset-fashion-mnist
 FASHION_CLASSES = [
@@ -78,7 +72,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """Encodes images as JPEG or raw pixels.
+    """Encodes pixels as JPEG or raw pixels.
 
     Mode "mixed" stores half of the images as JPEG, selected by a hash of the image's number.
 
@@ -107,20 +101,19 @@ class Encoding:
             self.mode == "mixed" and int(bits(0, 0, item.number, 0)) < self.jpg_share * 2.0**64
         )
         try:
-            return self._encode(item, as_jpg)
+            return self._encode(item.image, as_jpg)
         except UnidentifiedImageError:
             return "it is no picture that Pillow can read"
         except PILLOW_ERRORS as error:
             return f"{type(error).__name__}: {error}"
 
-    def _encode(self, item: Item, as_jpg: bool) -> Encoded | str:
-        assert isinstance(item.image, np.ndarray)
-        return _encode_picture(Image.fromarray(item.image), self, as_jpg)
+    def _encode(self, image: Any, as_jpg: bool) -> Encoded | str:
+        return _encode_picture(Image.fromarray(image), self, as_jpg)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileEncoding(Encoding):
-    """Encodes files.
+    """Encodes files in the same way.
 
     `exif`: "apply" rotates and mirrors a picture by its EXIF orientation, and counts it as
     "rotated". "ignore" stores the pixels as they are in the file, as torchvision's ImageFolder
@@ -128,23 +121,15 @@ class FileEncoding(Encoding):
     TIFF.
     """
 
-    exif: Literal["apply", "ignore"] = "apply"
+    exif: Literal["apply", "ignore"]
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_data(
-            self.exif in ("apply", "ignore"),
-            f"write: exif must be 'apply' or 'ignore'; got {self.exif!r}",
-        )
-
-    def _encode(self, item: Item, as_jpg: bool) -> Encoded | str:
-        assert isinstance(item.image, Path)
-        with Image.open(item.image) as picture:
+    def _encode(self, image: Any, as_jpg: bool) -> Encoded | str:
+        with Image.open(image) as picture:
             width, height = picture.size
             fits = self.max_resolution is None or max(width, height) <= self.max_resolution
             is_rotated = self.exif == "apply" and _orientation(picture) != 1
             may_keep_bytes = as_jpg and fits and not is_rotated and picture.format == "JPEG"
-            content = item.image.read_bytes() if may_keep_bytes else b""
+            content = image.read_bytes() if may_keep_bytes else b""
             if may_keep_bytes and _ffcv_decodes(content, height, width):
                 attributes = {"mode": JPG, "height": height, "width": width}
                 encoded = Encoded(content, attributes, {"as it is": 1})
@@ -194,8 +179,11 @@ def _encode_picture(picture: Image.Image, encoding: Encoding, as_jpg: bool) -> E
 def _ffcv_decodes(content: bytes, height: int, width: int) -> bool:
     """Whether the decoder of training runs accepts this JPEG without an error or a warning.
 
-    A run stops at both.
+    A run stops at both. Where FFCV is not installed, Pillow decodes in runs, and raises here.
     """
+    if installed_version("ffcv") == NOT_INSTALLED:
+        Image.open(io.BytesIO(content)).load()
+        return True
     pixels = np.empty((height, width, 3), np.uint8)
     memory = pixels.ctypes.data_as(ctypes.c_void_p)
     whole_image = (height, width, 0, 0, 1, 1, False, False)
@@ -284,17 +272,19 @@ def write_folder(
         max_unreadable, existing: as in `write_sets`.
 
     Raises:
-        DataError: an option has no effect, kept files hold other samples; also as `folder_sets` and
-            `write_sets`.
+        DataError: an option is unknown or has no effect; also as `folder_sets` and `write_sets`.
         LoaderError: as `write_sets`.
     """
     require_data(
         quality is None or mode != "raw",
         f"write_folder: quality has no effect in mode 'raw'; got {quality}",
     )
-    sets = folder_sets(Path(source), val)
-    written = write_sets(
-        sets,
+    require_data(
+        exif in ("apply", "ignore"),
+        f"write_folder: exif must be 'apply' or 'ignore'; got {exif!r}",
+    )
+    return write_sets(
+        folder_sets(Path(source), val),
         Path(out),
         FileEncoding(
             mode=mode,
@@ -307,8 +297,6 @@ def write_folder(
         progress=progress,
         existing=existing,
     )
-    check_kept(written, sets)
-    return written
 
 
 def fashion_sets(source: Path | None = None) -> list[Source]:

@@ -16,13 +16,13 @@ from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from itertools import count, islice
 from multiprocessing import get_context
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
 from typing import Any, Literal, get_args
 
+from pipeline.core.code_version import installed_version
 from pipeline.core.errors import DataError, LoaderError, require_data
 from pipeline.core.files import sync_folder
 from pipeline.core.units import counted
@@ -94,7 +94,7 @@ def write_sets(
         TooManyUnreadable: more samples of a set than `max_unreadable` are unreadable, or all.
             Before that, all samples of all sets are tried.
         DataError: an option is out of range, a file exists, a kept file is damaged or has other
-            options, or the disk is full or cannot be written.
+            options or samples, or the disk is full or cannot be written.
         LoaderError: a worker process died or hung.
     """
     require_data(
@@ -106,7 +106,7 @@ def write_sets(
     files = [Path(out) / f"{source.name}.beton" for source in sets]
     existing_files = [str(file) for file in files if file.exists()]
     if existing == "keep" and len(existing_files) == len(files):
-        return _verify_kept(files, encode)
+        return _verify_kept(files, sets, encode)
     require_data(
         not existing_files or existing == "replace",
         f"write: {' and '.join(existing_files)} must not exist yet; remove them, or use"
@@ -128,21 +128,6 @@ def write_sets(
     for manifest, path in zip(written, manifest_paths, strict=True):
         manifest.write(path)
     return written
-
-
-def check_kept(written: Sequence[Manifest], sets: Sequence[Source]) -> None:
-    """Check that kept files were written from the requested sets.
-
-    Raises: DataError if a file has another number or another origin of samples.
-    """
-    for manifest, source in zip(written, sets, strict=True):
-        samples = manifest.samples + len(manifest.skipped)
-        require_data(
-            (samples, manifest.source) == (len(source.items), source.origin),
-            f"write: {manifest.file} was written from {counted(samples, 'sample')} of"
-            f" {manifest.source}; got {len(source.items)} of {source.origin}; use --existing"
-            " replace",
-        )
 
 
 def encode_all(
@@ -184,13 +169,20 @@ def encode_all(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _verify_kept(files: Sequence[Path], encode: Any) -> list[Manifest]:
+def _verify_kept(files: Sequence[Path], sets: Sequence[Source], encode: Any) -> list[Manifest]:
     kept = [manifest for file in files for manifest in verify(file)]
-    for manifest in kept:
+    for manifest, source in zip(kept, sets, strict=True):
         require_data(
             manifest.options == asdict(encode),
             f"write: {manifest.file} was written with {manifest.options}; got {asdict(encode)}; use"
             " --existing replace",
+        )
+        samples = manifest.samples + len(manifest.skipped)
+        require_data(
+            (samples, manifest.source) == (len(source.items), source.origin),
+            f"write: {manifest.file} was written from {counted(samples, 'sample')} of"
+            f" {manifest.source}; got {len(source.items)} of {source.origin}; use --existing"
+            " replace",
         )
     return kept
 
@@ -217,8 +209,6 @@ def _refuse_unreadable(written: Sequence[Manifest], max_unreadable: float) -> No
 def _store(
     source: Source, path: Path, encode: Any, workers: int, report: Callable[[], None]
 ) -> Manifest:
-    # `version` fails in a checkout that is not installed, so it is called before the long work.
-    versions = {name: version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")}
     content, stored = ContentHash(source.classes, encode.kind), Counter()
     labels, skipped, groups = [], [], defaultdict(list)
     with closing(BetonWriter(path, capacity=len(source.items), kind=encode.kind)) as writer:
@@ -251,7 +241,9 @@ def _store(
         source=source.origin,
         command=shlex.join(sys.argv),
         options=asdict(encode),
-        written_by=versions,
+        written_by={
+            name: installed_version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")
+        },
     )
 
 

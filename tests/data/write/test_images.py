@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from pipeline.data.base import DataError, LoaderError
-from pipeline.data.ffcv import api, manifest
+from pipeline.data.ffcv import manifest
 from pipeline.data.ffcv.format import read_tables
 from pipeline.data.ffcv.page_checks import verify
 from pipeline.data.write import images, writer
@@ -45,6 +45,8 @@ def test_content_does_not_depend_on_pages_or_on_who_wrote(photo_folder, tmp_path
     """FFCV's own writer makes the same content of the same pixels, and FFCV's own reader finds them
     in our file.
     """
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.reader import Reader
     from ffcv.writer import DatasetWriter
 
     [_, ours] = write_folder(photo_folder, tmp_path, mode="raw")
@@ -52,7 +54,7 @@ def test_content_does_not_depend_on_pages_or_on_who_wrote(photo_folder, tmp_path
         (np.asarray(Image.open(str(item.image)).convert("RGB")), item.label)
         for item in images.folder_sets(photo_folder)[1].items
     ]
-    fields = {"image": api.RGBImageField(write_mode="raw"), "label": api.IntField()}
+    fields = {"image": RGBImageField(write_mode="raw"), "label": IntField()}
     stock = tmp_path / "stock.beton"
     DatasetWriter(str(stock), fields, page_size=1 << 21, num_workers=1).from_indexed_dataset(
         pictures
@@ -62,7 +64,7 @@ def test_content_does_not_depend_on_pages_or_on_who_wrote(photo_folder, tmp_path
         stock, name="stock.beton", content=ours.content, classes=ours.classes, labels=[0]
     )
     assert described.page_bytes != ours.page_bytes and described.sha256 != ours.sha256
-    assert api.Reader(str(tmp_path / "val.beton")).metadata["f1"].tolist() == [
+    assert Reader(str(tmp_path / "val.beton")).metadata["f1"].tolist() == [
         label for _, label in pictures
     ]
 
@@ -200,7 +202,7 @@ def test_workers_that_hang_are_noticed(photo_folder, monkeypatch):
     monkeypatch.setattr(writer, "CHUNK", 1)
     monkeypatch.setattr(writer, "AHEAD", 2)  # the rest is not begun yet
     encoded = writer.encode_all(
-        images.folder_sets(photo_folder)[0].items, FileEncoding(mode="jpg"), workers=2
+        images.folder_sets(photo_folder)[0].items, FileEncoding(mode="jpg", exif="apply"), workers=2
     )
     next(encoded)
     limit_s[0] = 0.5
