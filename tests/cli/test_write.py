@@ -48,4 +48,4 @@ def test_what_is_not_written_is_told(tmp_path: Path, spiketrain: Command) -> Non
         assert f"  not rotated 1 picture of {name}.beton: EXIF orientation is not applied" in error
 
     code, _, error = spiketrain(*words, "--val", "0.5")
-    assert code == 2 and "val has no effect" in error
+    assert code == 2 and "it has no effect on the folders train and val" in error

@@ -50,11 +50,10 @@ def resize_rows(pixels_hn3, out_hS3):
     first_S, weights_SK = bicubic_weights(n, side)
     for y in range(len(out_hS3)):
         for i in range(side):
-            first = first_S[i]
             for c in range(3):
                 level = np.int64(1 << (_BITS - 1))
-                for k in range(min(weights_SK.shape[1], n - first)):
-                    level += weights_SK[i, k] * np.int64(pixels_hn3[y, first + k, c])
+                for k in range(min(weights_SK.shape[1], n - first_S[i])):
+                    level += weights_SK[i, k] * np.int64(pixels_hn3[y, first_S[i] + k, c])
                 out_hS3[y, i, c] = min(max(level >> _BITS, 0), 255)
 
 

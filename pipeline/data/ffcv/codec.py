@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numba import njit, objmode
+from numba.core.errors import NumbaWarning
 from PIL import Image
 
 from pipeline.data.ffcv.loops import compiled
@@ -28,6 +29,8 @@ except ImportError as error:
         " nothing ahead and is slower",
         stacklevel=2,
     )
+    # The loops call Python, so numba (0.68.1) warns that they hold the interpreter's lock.
+    warnings.filterwarnings("ignore", "Code running in object mode", NumbaWarning)
 
     @compiled
     def decode_jpg(stored, pixels_hw3):

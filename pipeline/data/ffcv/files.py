@@ -101,8 +101,7 @@ class FileData(OrderedData):
         if codec.HAS_FFCV:
             from pipeline.data.ffcv.reader import FFCVLoader as BetonLoader
         path = self._path(self._file(part))
-        is_parallel = usable_threads(threads) > 1 and codec.HAS_FFCV
-        decode = self._decoder(part, path, parallel=is_parallel)
+        decode = self._decoder(part, path, parallel=usable_threads(threads) > 1 and codec.HAS_FFCV)
         return BetonLoader(path, decode, order, seed=seed, threads=threads, one_in=self._one_in)
 
     def _file(self, part: Part) -> Part:

@@ -197,23 +197,23 @@ def read_tables(path: Path) -> Tables:
         OSError: the storage fails.
     """
     with _naming_damage(path):
-        header = np.fromfile(path, _HEADER, 1)[0]
-        # Python's integers do not overflow.
-        version, num_fields, page_bytes, samples, table_offset = header.tolist()
+        header = np.fromfile(path, _HEADER, 1)[0].tolist()  # Python's integers do not overflow
+        version, num_fields, page_bytes, samples, table_offset = header
         require(version == VERSION, f"the version must be {VERSION}; got {version}")
         descriptors = np.fromfile(path, _DESCRIPTOR, num_fields, offset=_HEADER.itemsize)
-        names = [
+        fields = ", ".join(
             f"{name.decode(errors='replace')} ({_TYPES[type_id]})"
             for type_id, name, _ in descriptors.tolist()
-        ]
-    fields = ", ".join(names)
+        )
     require_data(
         fields in _FIELDS, f"{path}: must hold the fields {' or '.join(_FIELDS)}; got {fields}"
     )
     with _naming_damage(path):
-        kind = Images()
-        if fields != _FIELDS[0]:
-            kind = Arrays.from_arguments(descriptors["arguments"][0].tobytes())
+        kind = (
+            Images()
+            if fields == _FIELDS[0]
+            else Arrays.from_arguments(descriptors["arguments"][0].tobytes())
+        )
         metadata = np.fromfile(path, _metadata_type(kind), samples, offset=_METADATA_OFFSET)
         table = np.fromfile(path, _TABLE, offset=table_offset)
     table = table[np.argsort(table["sample_id"], kind="stable")]

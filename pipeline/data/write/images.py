@@ -276,12 +276,9 @@ def write_folder(
         LoaderError: as `write_sets`.
     """
     require_data(
-        quality is None or mode != "raw",
-        f"write_folder: quality has no effect in mode 'raw'; got {quality}",
-    )
-    require_data(
-        exif in ("apply", "ignore"),
-        f"write_folder: exif must be 'apply' or 'ignore'; got {exif!r}",
+        (quality is None or mode != "raw") and exif in ("apply", "ignore"),
+        "write_folder: exif must be 'apply' or 'ignore', and quality has no effect in mode 'raw';"
+        f" got exif={exif!r}, quality={quality}, mode={mode!r}",
     )
     return write_sets(
         folder_sets(Path(source), val),
@@ -338,11 +335,9 @@ def folder_sets(source: Path, val: float | None = None) -> list[Source]:
     parts = ("train", "val")
     if val is not None:
         require_data(
-            0 < val < 1, f"write_folder: val must be a share in 0..1, both excluded; got {val}"
-        )
-        require_data(
-            not all((source / part).is_dir() for part in parts),
-            f"write_folder: val has no effect: {source} has the folders train and val; got {val}",
+            0 < val < 1 and not all((source / part).is_dir() for part in parts),
+            "write_folder: val must be a share in 0..1, both excluded, of class folders; it has no"
+            f" effect on the folders train and val; got {val} of {source}",
         )
         return _split_by_content(_read_classes(source, "train"), val)
     sets = [_read_classes(source / part, part) for part in parts]

@@ -91,8 +91,7 @@ def write_sets(
             the files if none exists, raises if only some do, and otherwise verifies and keeps them.
 
     Raises:
-        TooManyUnreadable: more samples of a set than `max_unreadable` are unreadable, or all.
-            Before that, all samples of all sets are tried.
+        TooManyUnreadable: after all samples of all sets were tried.
         DataError: an option is out of range, a file exists, a kept file is damaged or has other
             options or samples, or the disk is full or cannot be written.
         LoaderError: a worker process died or hung.

@@ -284,7 +284,7 @@ def test_existing_files_are_refused_or_replaced(small_fashion, tmp_path):
         ({"max_resolution": 0}, "max_resolution 1 or more pixels, .* max_resolution=0"),
         ({"workers": 0}, "workers must be 1 or more.*got workers=0"),
         ({"max_unreadable": -0.1}, "max_unreadable=-0.1"),
-        ({"exif": "rotate"}, "exif must be 'apply' or 'ignore'; got 'rotate'"),
+        ({"exif": "rotate"}, "exif must be 'apply' or 'ignore', .* got exif='rotate'"),
         ({"existing": "burn"}, "existing='burn'"),
     ],
 )
