@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.core.stages import announce_imports
 
 # The distribution of a module, where the two have different names.
-_DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow"}
+_DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "cv2": "opencv-python"}
 
 
 def run() -> None:

@@ -355,7 +355,9 @@ def _in_ffcv_files(pictures: Path, folder: Path, val: float | None) -> Path:
     if (pictures / "train.beton").exists():
         return pictures
     with progress_bar(pictures.name) as bar:
-        write_folder(pictures, folder, progress=bar, existing="keep")
+        if val is None and not (pictures / "train").is_dir():
+            val = 0.1
+        write_folder(pictures, folder, val=val, progress=bar, existing="keep")
     return folder
 
 

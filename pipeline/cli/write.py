@@ -61,6 +61,10 @@ OnExisting = Annotated[
     typer.Option("--existing", help="what happens to existing files; keep: verify and keep them"),
 ]
 Writers = Annotated[int, typer.Option("--workers", min=1, help="processes that write")]
+MaxUnreadable = Annotated[
+    float,
+    number_option("--max-unreadable", help="share of each set that may be unreadable and skipped"),
+]
 
 
 @write.command("fashion", epilog="Example: spiketrain write fashion --out data/fashion")
@@ -88,12 +92,15 @@ def write_fashion(
     "folder",
     epilog=(
         "Example: spiketrain write folder --source imagenet --out data/imagenet --mode jpg"
-        " --max-resolution 500"
+        " --max-resolution 500 --exif ignore"
     ),
 )
 def write_folder(
     source: Annotated[
-        Path, typer.Option("--source", help="folder with train/CLASS/*.jpg and val/CLASS/*.jpg")
+        Path,
+        typer.Option(
+            "--source", help="folder with train/CLASS and val/CLASS; with --val: with CLASS"
+        ),
     ],
     out: Out,
     mode: Annotated[
@@ -110,11 +117,19 @@ def write_folder(
     ] = None,
     workers: Writers = 1,
     existing: OnExisting = "refuse",
-    max_bad: Annotated[
-        int, typer.Option("--max-bad", min=0, help="unreadable images that may be skipped")
-    ] = 0,
+    exif: Annotated[
+        Literal["apply", "ignore"],
+        typer.Option("--exif", help="rotate by the EXIF orientation, or ignore it as torchvision"),
+    ] = "apply",
+    val: Annotated[
+        float | None,
+        number_option(
+            "--val", help="split SOURCE/CLASS: share of each class for evaluation, by content"
+        ),
+    ] = None,
+    max_unreadable: MaxUnreadable = 0.0,
 ) -> None:
-    """A folder of pictures in the layout of ImageNet."""
+    """Pictures in a folder for each class."""
     from pipeline.data.write.images import write_folder as write_files
 
     with progress_bar(source.name) as bar:
@@ -125,7 +140,9 @@ def write_folder(
             max_resolution=max_resolution,
             quality=quality,
             workers=workers,
-            max_bad=max_bad,
+            exif=exif,
+            val=val,
+            max_unreadable=max_unreadable,
             progress=bar,
             existing=existing,
         )
@@ -161,9 +178,7 @@ def write_events(
     ] = None,
     workers: Writers = 1,
     existing: OnExisting = "refuse",
-    max_bad: Annotated[
-        int, typer.Option("--max-bad", min=0, help="unreadable recordings that may be skipped")
-    ] = 0,
+    max_unreadable: MaxUnreadable = 0.0,
 ) -> None:
     """Recordings of event cameras: moving shapes, saccades over Fashion-MNIST, or a published set.
 
@@ -187,7 +202,7 @@ def write_events(
             counts=counts,
             overflow=overflow,
             workers=workers,
-            max_bad=max_bad,
+            max_unreadable=max_unreadable,
             progress=bar,
             existing=existing,
             **{key: value for key, value in options.items() if value is not None},
@@ -297,16 +312,15 @@ def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
             task = progress.add_task(name, total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
     except TooManyUnreadable as error:
-        _list_unreadable("unreadable", error.unreadable)
+        _list_entries("unreadable", error.unreadable)
         raise
 
 
 def _report(manifests: list["Manifest"]) -> None:
     for manifest in manifests:
         print(f"{manifest.file}: {_size(manifest)}, {len(manifest.skipped)} skipped", flush=True)
-        _list_unreadable("skipped", manifest.skipped)
-        for left_out in manifest.left_out:
-            print(f"  left out {left_out}", file=sys.stderr)
+        _list_entries("skipped", manifest.skipped)
+        _list_entries("left out", manifest.left_out)
         if not_rotated := manifest.stored.get("not rotated"):
             print(
                 f"  not rotated {counted(not_rotated, 'picture')} of {manifest.file}: EXIF"
@@ -315,6 +329,6 @@ def _report(manifests: list["Manifest"]) -> None:
             )
 
 
-def _list_unreadable(label: str, entries: list[dict[str, str]]) -> None:
+def _list_entries(label: str, entries: list[dict[str, str]]) -> None:
     for each in entries:
         print(f"  {label} {each['image']}: {each['reason']}", file=sys.stderr)

@@ -1,4 +1,5 @@
-"""The version of spiketrain's code that a process runs: a digest of its files, and the commit.
+"""The version of spiketrain's code that a process runs: a digest of its files, and the commit; and
+the versions of its libraries.
 
 The package's version number is the same for every checkout between two releases.
 """
@@ -8,10 +9,20 @@ import hashlib
 import os
 import subprocess
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from pipeline.core.errors import UserError
+
+NOT_INSTALLED = "not installed"
+
+
+def installed_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return NOT_INSTALLED
 
 
 @functools.cache

@@ -33,6 +33,7 @@ from numpy.typing import ArrayLike, NDArray
 #     768, 1024 to 1423            data/write/generated_events.py, saccades
 #     2048 to 2057                 data/write/stamps.py
 ORDER, FLIP, SHIFT_Y, SHIFT_X = 0, 1, 2, 3
+CUTOUT_Y, CUTOUT_X = 4, 5
 HELD_OUT = 8
 # the shuffled order of evaluation samples, in which each sample is the donor of the one before it:
 # benchmarks/carryover.py

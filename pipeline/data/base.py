@@ -139,10 +139,10 @@ def with_levels(data: Data) -> Data:
 
     Levels are a quarter of the bytes of floats. These batches have floats nevertheless:
 
-        Beton with `erase`   the noise of an erased rectangle is no level
-        Events               sums of counts have no bound
-        Synthetic            draws floats
-        other data           has no method `with_levels`, and is returned unchanged
+        Beton with `erase` or `cutout`   noise, and the mean, are no levels
+        Events                           sums of counts have no bound
+        Synthetic                        draws floats
+        other data                       has no method `with_levels`, and is returned unchanged
     """
     method = getattr(data, "with_levels", None)
     return data if method is None else method()

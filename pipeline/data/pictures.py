@@ -64,19 +64,20 @@ class Transform:
 
         Raises: ValueError if no file can be read.
         """
-        from pipeline.data.write.images import Encoding, Item
+        from pipeline.data.write.images import FileEncoding, Item
         from pipeline.data.write.writer import Source, write_sets
 
-        # Scenes of stamps have further options.
-        known = {each.name for each in fields(Encoding) if each.init} & self.options.keys()
-        encoding = Encoding(**{key: self.options[key] for key in known})
+        # Scenes of stamps have further options, and sets that were no files have no `exif`.
+        known = {each.name for each in fields(FileEncoding) if each.init} & self.options.keys()
+        options: dict[str, Any] = {"exif": "apply"} | {key: self.options[key] for key in known}
+        encoding = FileEncoding(**options)
         if encoding.mode == "mixed":  # half of the pictures, by their numbers in the set
             encoding = replace(encoding, mode="jpg")
         classes = [str(number) for number in range(self.data.kwargs["classes"])]
         items = [Item(number, Path(file), 0) for number, file in enumerate(files)]
         with tempfile.TemporaryDirectory(prefix="spiketrain-") as folder:
             source = Source("val", classes, items, "pictures")
-            manifest = write_sets([source], Path(folder), encoding, max_bad=len(items))[0]
+            manifest = write_sets([source], Path(folder), encoding, max_unreadable=1.0)[0]
             data = self.data.with_(folder=folder, held_out=0.0).build()
             with closing(data.val(rank=0, world=1, micro_batch=micro_batch, threads=1)) as loader:
                 yield loader, {each["image"]: each["reason"] for each in manifest.skipped}

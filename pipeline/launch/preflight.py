@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -25,7 +24,7 @@ from rich.text import Text
 from torch import distributed
 
 from pipeline.core.checks import require
-from pipeline.core.code_version import code_digest
+from pipeline.core.code_version import NOT_INSTALLED, code_digest, installed_version
 from pipeline.core.errors import DataError
 from pipeline.core.files import Marker
 from pipeline.core.printing import new_console, say
@@ -279,9 +278,14 @@ def compare(reports: Sequence[NodeReport]) -> Iterator[Finding]:
                     "install the same version on all nodes: `LOCKED=1 make setup`",
                 )
             )
-        elif first[package] == "not installed":
+        elif first[package] == NOT_INSTALLED:
             problems.append(
-                Finding("versions", "bad", f"{package} is not installed", "`make setup`")
+                Finding(
+                    "versions",
+                    "warn" if package == "ffcv" else "bad",  # Pillow takes the place of FFCV
+                    f"{package} is not installed",
+                    "`make setup`",
+                )
             )
     text = ", ".join(f"{name} {first[name]}" for name in ("python", "torch", "ray", "ffcv"))
     text += f", the same on {len(reports)} nodes" if len(reports) > 1 else ""
@@ -322,7 +326,7 @@ def examine(stores: Stores, resources: Mapping[str, float] | None) -> NodeReport
     runs, marker = next(iter(stores.items()))
     if store_findings[0].state == "ok" and marker is not None:
         findings += _check_lock(name, Path(runs) / marker.name)
-    versions = {package: _version(package) for package in PACKAGES}
+    versions = {package: installed_version(package) for package in PACKAGES}
     versions |= {"python": platform.python_version(), "spiketrain's code": code_digest()}
     return NodeReport(
         name,
@@ -331,13 +335,6 @@ def examine(stores: Stores, resources: Mapping[str, float] | None) -> NodeReport
         can_train=resources is None or resources.get("CPU", 0) > 0,
         findings=tuple(findings),
     )
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _check_gpus(resources: Mapping[str, float] | None) -> tuple[tuple[str, ...], list[Finding]]:

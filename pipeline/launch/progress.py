@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from pipeline.core.code_version import NOT_INSTALLED
 from pipeline.core.printing import say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import counted, format_quantity
@@ -218,6 +219,8 @@ def _start_lines(event: events.Start) -> list[str]:
             f" {counted(event.batch_size, 'sample')}, study {event.study[:8]}, commit"
             f" {event.commit}"
         )
+    if event.versions.get("ffcv") == NOT_INSTALLED:
+        lines.append("FFCV is not installed: Pillow decodes images, which is slower")
     if done != total:
         lines.append("waiting for the first batch, which compiles the data loader")
     return lines

@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.core.code_version import installed_version
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.torch_settings import exactness
 from pipeline.measure.memory import combine_hardware, hardware
@@ -70,7 +70,7 @@ def start_event(context: TrainContext, *, step: int) -> Start:
         commit=job.commit,
         hardware=hardware_of(context.ranks),
         versions={
-            name: version(name)
+            name: installed_version(name)
             for name in ("torch", "deepspeed", "ray", "ffcv", "mlflow", "timm", "numpy", "numba")
         },
         data_fingerprint=job.data_fingerprint,

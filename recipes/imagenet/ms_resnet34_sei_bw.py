@@ -4,7 +4,7 @@
 Real are the first and the last synapse, and those in the shortcuts where a stage changes shape.
 
 Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
-              --max-resolution 500
+              --max-resolution 500 --exif ignore
           spiketrain launch recipes/imagenet/ms_resnet34_sei_bw.py --workers 8
 Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, only its abstract is public: a
           reconstruction on another network, after Hu et al. 2021 (MS-ResNet), arXiv:2112.08954, SGD

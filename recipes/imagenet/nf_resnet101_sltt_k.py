@@ -2,7 +2,7 @@
 trained at T = 1.
 
 Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
-              --max-resolution 500
+              --max-resolution 500 --exif ignore
           spiketrain launch recipes/imagenet/nf_resnet101_t1.py --workers 8 --name nf101-t1
           spiketrain launch recipes/imagenet/nf_resnet101_sltt_k.py --workers 8 --set
               init=runs/nf101-t1

@@ -1,7 +1,7 @@
 """NF-ResNet-34 on ImageNet by OTTT-A at T = 6, from scratch.
 
 Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
-              --max-resolution 500
+              --max-resolution 500 --exif ignore
           spiketrain launch recipes/imagenet/nf_resnet34_ottt.py --workers 8
 Source:   Xiao et al. 2022 (OTTT), arXiv:2210.04195: T = 6, batch 256, 100 epochs, SGD 0.1, weight
           decay 2e-5 on biases and gains, too, decay 0.5, no trace at the first convolution and the

@@ -2,7 +2,7 @@
 trained at T = 1.
 
 Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
-              --max-resolution 500
+              --max-resolution 500 --exif ignore
           spiketrain launch recipes/imagenet/nf_resnet34_t1.py --workers 8 --name nf34-t1
           spiketrain launch recipes/imagenet/nf_resnet34_sltt.py --workers 8 --set init=runs/nf34-t1
 Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311: batch 256, 30 epochs, SGD 0.001, no weight

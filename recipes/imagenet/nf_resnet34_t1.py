@@ -1,7 +1,7 @@
 """NF-ResNet-34 on ImageNet at T = 1: the first of SLTT's two stages.
 
 Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
-              --max-resolution 500
+              --max-resolution 500 --exif ignore
           spiketrain launch recipes/imagenet/nf_resnet34_t1.py --workers 8 --name nf34-t1
 Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311: batch 256, 100 epochs, SGD 0.1, weight decay
           1e-5, decay 1/11.

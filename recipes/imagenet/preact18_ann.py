@@ -1,7 +1,7 @@
 """PreAct-ResNet-18 with ReLU on ImageNet: the first of DSR's two stages.
 
 Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
-              --max-resolution 500
+              --max-resolution 500 --exif ignore
           spiketrain launch recipes/imagenet/preact18_ann.py --workers 8 --name preact18-ann
 Source:   Meng et al. 2022 (DSR), arXiv:2205.00459: SGD 0.1, weight decay 1e-4, batch 256; epochs
           and schedule are not published with the method, 100 with a cosine are ours.

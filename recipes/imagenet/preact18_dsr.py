@@ -2,7 +2,7 @@
 the weights of the ANN.
 
 Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
-              --max-resolution 500
+              --max-resolution 500 --exif ignore
           spiketrain launch recipes/imagenet/preact18_ann.py --workers 8 --name preact18-ann
           spiketrain launch recipes/imagenet/preact18_dsr.py --workers 8 --set
               init=runs/preact18-ann

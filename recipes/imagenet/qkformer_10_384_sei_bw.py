@@ -2,7 +2,7 @@
 timm teacher, T = 2, SLTT.
 
 Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
-              --max-resolution 500
+              --max-resolution 500 --exif ignore
           spiketrain launch recipes/imagenet/qkformer_10_384_sei_bw.py --workers 8
 Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, only its abstract is public. A
           reconstruction: backbone, place of the shortcuts (reading A: the membrane stream),

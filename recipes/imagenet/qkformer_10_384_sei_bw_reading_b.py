@@ -2,7 +2,7 @@
 teacher, T = 2, SLTT.
 
 Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
-              --max-resolution 500
+              --max-resolution 500 --exif ignore
           spiketrain launch recipes/imagenet/qkformer_10_384_sei_bw_reading_b.py --workers 8
 Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, only its abstract is public. A
           reconstruction as qkformer_10_384_sei_bw.py is, but the stream holds sums of spikes and

@@ -2,7 +2,7 @@
 by OTTT-A at T = 6.
 
 Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
-              --max-resolution 500
+              --max-resolution 500 --exif ignore
           spiketrain launch recipes/imagenet/qkformer_10_384_sws_ottt.py --workers 8
 Source:   a construction of ours: Xiao et al. 2022 (OTTT), arXiv:2210.04195, for the rule and T; the
           network of Zhou et al. 2024 (QKFormer), arXiv:2403.16552, with the standardised weights of

@@ -2,7 +2,7 @@
 batch, is differentiated.
 
 Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
-              --max-resolution 500
+              --max-resolution 500 --exif ignore
           spiketrain launch recipes/imagenet/qkformer_10_512_sltt_k1.py --workers 8
 Source:   Meng et al. 2023 (SLTT-K), arXiv:2302.14311, for the rule; the rest as
           qkformer_10_512_bptt.py, whose study this is.

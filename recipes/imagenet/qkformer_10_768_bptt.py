@@ -1,7 +1,7 @@
 """QKFormer-10-768 on ImageNet by BPTT at T = 2: the baseline of its study.
 
 Command:  spiketrain write folder --source imagenet --out data/imagenet --mode jpg
-              --max-resolution 500
+              --max-resolution 500 --exif ignore
           spiketrain launch recipes/imagenet/qkformer_10_768_bptt.py --workers 8
 Source:   Zhou et al. 2024 (QKFormer), arXiv:2403.16552: AdamW 6e-4 for a batch of 256, weight decay
           0.05, 200 epochs, batch 576.

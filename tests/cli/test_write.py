@@ -16,7 +16,7 @@ def test_what_is_not_written_is_told(tmp_path: Path, spiketrain: Command) -> Non
         exif[ExifTags.Base.Orientation] = 6
         picture.save(tmp_path / name / "a" / "0.jpg", exif=exif)
     train, val = tmp_path / "train" / "a", tmp_path / "val" / "a"
-    (train / "1.gif").write_bytes(b"")
+    (train / "1.txt").write_bytes(b"")
     unreadable = [train / f"{number}.png" for number in range(25)] + [val / "text.png"]
     for file in unreadable:
         file.write_text("no picture")
@@ -27,12 +27,12 @@ def test_what_is_not_written_is_told(tmp_path: Path, spiketrain: Command) -> Non
     *listed, refused = error.splitlines()
     assert code == 2 and listed == [f"  unreadable {reason}" for reason in reasons]
     assert refused == (
-        "write: at most 0 images of each set may be unreadable, and one must be readable; got"
-        " 25 of 26 in train.beton and 1 of 2 in val.beton unreadable; repair or remove the"
-        " unreadable samples, or allow more with --max-bad"
+        "write: a share of at most 0 of each set may be unreadable, and one sample must be"
+        " readable; got 25 of 26 in train.beton and 1 of 2 in val.beton unreadable; repair or"
+        " remove the unreadable samples, or allow a larger share with --max-unreadable"
     )
 
-    code, out, error = spiketrain(*words, "--max-bad", "25")
+    code, out, error = spiketrain(*words, "--max-unreadable", "0.97", "--exif", "ignore")
     assert (code, out.splitlines()) == (
         0,
         [
@@ -43,6 +43,9 @@ def test_what_is_not_written_is_told(tmp_path: Path, spiketrain: Command) -> Non
     assert [line for line in error.splitlines() if "skipped" in line] == [
         f"  skipped {reason}" for reason in reasons
     ]
-    assert f"  left out 1 (suffix '.gif'), such as {train / '1.gif'}" in error
+    assert f"  left out {train / '1.txt'}: it is no picture that Pillow can read" in error
     for name in ("train", "val"):
         assert f"  not rotated 1 picture of {name}.beton: EXIF orientation is not applied" in error
+
+    code, _, error = spiketrain(*words, "--val", "0.5")
+    assert code == 2 and "it has no effect on the folders train and val" in error

@@ -189,7 +189,7 @@ def test_a_full_disk_is_reported_with_what_to_do(
         ),
         (
             [replace(ONE, versions={**ONE.versions, "ffcv": "not installed"})],
-            [("bad", "ffcv is not installed")],
+            [("warn", "ffcv is not installed")],
         ),
         ([WITH_GPU, replace(TWO, gpus=("A100",))], [("warn", "one: H100; two: A100")]),
         # Its driver may have been gone as Ray counted.

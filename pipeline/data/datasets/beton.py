@@ -28,7 +28,11 @@ class Beton(FileData):
 
     Args:
         flip: "random" mirrors a training image with probability 1/2; "never" does not.
+        resize: "area" averages the pixels of a crop, as FFCV does; "bicubic" is Pillow's, as usual
+            in timm (ffcv/bicubic.py); None: "area".
         colour: the mean magnitude, 0 to 10, of RandAugment's colour operations on training images
+            (ffcv/strong_augment.py); 0: none.
+        cutout: the side in pixels of a square of each training image that becomes the mean
             (ffcv/strong_augment.py); 0: none.
         erase: the probability that a rectangle of a training image becomes noise
             (ffcv/strong_augment.py).
@@ -54,7 +58,9 @@ class Beton(FileData):
         area: tuple[float, float] | None = None,
         ratio: tuple[float, float] | None = None,
         reach: int | None = None,
+        resize: Literal["area", "bicubic"] | None = None,
         colour: float = 0.0,
+        cutout: int = 0,
         erase: float = 0.0,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
@@ -69,31 +75,25 @@ class Beton(FileData):
             repeats=repeats,
         )
         self.crop, self.flip, self.mean, self.std = crop, flip, tuple(mean), tuple(std)
-        self.colour, self.erase = float(colour), float(erase)
+        self.colour, self.cutout, self.erase = float(colour), cutout, float(erase)
         require_data(
             min(classes, size, repeats) >= 1
             and channels in (1, 3)
             and 0 <= colour <= 10
+            and 0 <= cutout <= size
             and 0 <= erase <= 1,
             "Beton: classes, size and repeats must be 1 or more, channels 1 or 3, colour in 0..10,"
-            f" erase in 0..1; got classes={classes}, size={size}, repeats={repeats},"
-            f" channels={channels}, colour={colour}, erase={erase}",
+            f" cutout in 0..size, erase in 0..1; got classes={classes}, size={size},"
+            f" repeats={repeats}, channels={channels}, colour={colour}, cutout={cutout},"
+            f" erase={erase}",
         )
         require_data(
             not colour or channels != 1,
             f"Beton: colour has no effect on images of 1 channel; got colour={colour}",
         )
         check_view_options(self, channels, size, crops=("resized", "shift", "centre"), reach=reach)
-        for name, value, bound in (("area", area, " <= 1"), ("ratio", ratio, "")):
-            require_data(
-                value is None or crop == "resized",
-                f"Beton: {name} has no effect with crop={crop!r}; leave it out or set"
-                " crop='resized'",
-            )
-            require_data(
-                value is None or (0 < value[0] <= value[1] and (not bound or value[1] <= 1)),
-                f"Beton: {name} must be (low, high) with 0 < low <= high{bound}; got {value}",
-            )
+        _check_crop_options(crop, area=area, ratio=ratio, resize=resize)
+        self.resize: Literal["area", "bicubic"] = resize or "area"
         self.area, self.ratio = area or (0.08, 1.0), ratio or (3 / 4, 4 / 3)
         self.reach = 4 if reach is None else reach
         self._has_levels = False
@@ -105,7 +105,7 @@ class Beton(FileData):
 
     def with_levels(self) -> Self:
         data = copy.copy(self)
-        data._has_levels = not self.erase
+        data._has_levels = not (self.cutout or self.erase)
         return data
 
     def _loader(self, *arguments: Any, **options: Any) -> Any:
@@ -139,10 +139,29 @@ class Beton(FileData):
             area=self.area if kind == RESIZED else (VAL_RATIO, VAL_RATIO),
             ratio=self.ratio,
             colour=self.colour if is_train else 0.0,
+            cutout=self.cutout if is_train else 0,
             erase=self.erase if is_train else 0.0,
+            resize=self.resize,
             strong=self.colour > 0 or self.erase > 0,
             mean=self.mean,
             std=self.std,
             has_levels=self._has_levels,
             parallel=parallel,
+        )
+
+
+def _check_crop_options(crop: str, *, area: Any, ratio: Any, resize: str | None) -> None:
+    require_data(
+        resize is None or (resize in ("area", "bicubic") and crop != "shift"),
+        "Beton: resize must be 'area' or 'bicubic', and has no effect with crop='shift'; got"
+        f" {resize!r}",
+    )
+    for name, value, bound in (("area", area, " <= 1"), ("ratio", ratio, "")):
+        require_data(
+            value is None or crop == "resized",
+            f"Beton: {name} has no effect with crop={crop!r}; leave it out or set crop='resized'",
+        )
+        require_data(
+            value is None or (0 < value[0] <= value[1] and (not bound or value[1] <= 1)),
+            f"Beton: {name} must be (low, high) with 0 < low <= high{bound}; got {value}",
         )

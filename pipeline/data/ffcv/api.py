@@ -35,9 +35,8 @@ typed: Any = numba.typed
 typed_dictionary, typed.Dict = typed.Dict, dict
 try:
     with keep_torch_threads():
-        from ffcv.fields import IntField, NDArrayField, RGBImageField
         from ffcv.libffcv import imdecode, resize_crop
-        from ffcv.loader import Loader, epoch_iterator
+        from ffcv.loader import epoch_iterator
         from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
         from ffcv.pipeline import Compiler, PipelineSpec
         from ffcv.pipeline.allocation_query import AllocationQuery
@@ -45,37 +44,21 @@ try:
         from ffcv.pipeline.operation import Operation
         from ffcv.pipeline.state import State
         from ffcv.reader import Reader
-        from ffcv.types import (
-            ALLOC_TABLE_TYPE,
-            CURRENT_VERSION,
-            FieldDescType,
-            HeaderType,
-            get_metadata_type,
-        )
 finally:
     typed.Dict = typed_dictionary
 epoch_iterator.IS_CUDA = False
 
 __all__ = [
-    "ALLOC_TABLE_TYPE",
-    "CURRENT_VERSION",
     "AllocationQuery",
     "Compiler",
-    "FieldDescType",
     "Graph",
-    "HeaderType",
-    "IntField",
-    "Loader",
-    "NDArrayField",
     "OSCacheContext",
     "OSCacheManager",
     "Operation",
     "PipelineSpec",
-    "RGBImageField",
     "Reader",
     "State",
     "epoch_iterator",
-    "get_metadata_type",
     "imdecode",
     "resize_crop",
 ]

@@ -1,6 +1,6 @@
 """Decodes stored images [H,W,C] to normalised float32 [C,H,W] in one compiled loop:
 
-    decode, crop, recolour (strong_augment.py), mirror, normalise, erase (strong_augment.py)
+    decode, crop, recolour, mirror, normalise, cut out, erase (strong_augment.py)
 
 With `has_levels` the loop writes the levels, uint8, in place of their normalised values.
 
@@ -16,15 +16,15 @@ each numba thread, which cannot be seeded from outside.
 
 import math
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from pipeline.core.random import CROP, normal_table
 from pipeline.data.ffcv import strong_augment
-from pipeline.data.ffcv.api import imdecode, resize_crop
+from pipeline.data.ffcv.bicubic import resize_bicubic
+from pipeline.data.ffcv.codec import decode_jpg, resize_area
 from pipeline.data.ffcv.format import JPG, Images
 from pipeline.data.ffcv.loops import (
     Decoder,
@@ -44,8 +44,6 @@ _ATTEMPTS = 10
 # float64.
 _DRAWS = np.arange(CROP, CROP + 4 * _ATTEMPTS, dtype=np.uint64).reshape(_ATTEMPTS, 4)
 _S32, _S52 = np.uint64(32), np.uint64(52)
-decode_jpg: Any = njit(nogil=True)(imdecode)
-resize: Any = njit(nogil=True)(resize_crop)
 
 
 class DecodeImages(Decoder):
@@ -57,7 +55,7 @@ class DecodeImages(Decoder):
         area: for RESIZED, the range of the crop's share of the image's area; for CENTRE, the first
             value is the crop's share of the shorter side.
         ratio: the range of the crop's width / height, for RESIZED.
-        colour, erase: as in `Beton`.
+        colour, cutout, erase, resize: as in `Beton`.
         strong: compile the functions of `colour` and `erase`. If training needs them, evaluation
             needs them too, because it uses the same loop with `colour` and `erase` at 0.
         has_levels: see `pipeline.data.base.Batch`.
@@ -74,24 +72,26 @@ class DecodeImages(Decoder):
         area: tuple[float, float] = (1.0, 1.0),
         ratio: tuple[float, float] = (1.0, 1.0),
         colour: float = 0.0,
+        cutout: int = 0,
         erase: float = 0.0,
         strong: bool = False,
+        resize: Literal["area", "bicubic"] = "area",
         mean: tuple[float, ...],
         std: tuple[float, ...],
         has_levels: bool = False,
         parallel: bool,
     ) -> None:
-        assert (strong or colour == erase == 0) and not (has_levels and erase)
+        assert (strong or colour == erase == 0) and not (has_levels and (cutout or erase))
         table = level_table(mean, std)
         levels = np.tile(np.arange(256, dtype=np.uint8), (channels, 1))
         super().__init__(
             name=Images.name,
             what="the JPEG",
             shape=(channels, size, size),
-            decode_sample=image_decoder(strong),
+            decode_sample=image_decoder(strong, resize),
             parameters=(
                 # Arrays, because numba would compile the loop again for each type of a number.
-                np.array([kind, reach, int(flip)], np.int64),
+                np.array([kind, reach, int(flip), cutout], np.int64),
                 np.array(area, np.float64),
                 ratio_table(ratio),
                 levels if has_levels else table,
@@ -156,8 +156,8 @@ def crop_window(pixels_hw3, top, left, side):
 
 
 @compiled
-def crop_image(pixels_hw3, side, options, area, ratios, seed, epoch, index):
-    """Crop an image. A crop that is not a window is resized to `side` pixels a side."""
+def crop_image(pixels_hw3, resize, side, options, area, ratios, seed, epoch, index):
+    """Crop an image. A crop that is not a window is resized to `side` pixels a side by `resize`."""
     kind, reach = options[0], options[1]
     h, w = pixels_hw3.shape[0], pixels_hw3.shape[1]
     if kind == WINDOW:
@@ -191,11 +191,12 @@ def no_augmentation(_, seed, epoch, index, strength, ratios, normals):
 
 
 @cache
-def image_decoder(strong: bool) -> Any:
+def image_decoder(strong: bool, resize: Literal["area", "bicubic"]) -> Any:
     """The compiled function that decodes one sample of a batch to its view.
 
     Without strong augmentation the function compiles in half the time.
     """
+    resize_crop = resize_bicubic if resize == "bicubic" else resize_area
     recolour = strong_augment.recolour if strong else no_augmentation
     erase = strong_augment.erase if strong else no_augmentation
 
@@ -216,15 +217,18 @@ def image_decoder(strong: bool) -> Any:
             # Allocated here, because FFCV's memory would hold an image of the largest size for
             # each sample that is read ahead.
             pixels_hw3 = np.empty((h, w, 3), np.uint8)
-            status_B1[b, 0] = decode_jpg(stored, pixels_hw3, h, w, h, w, 0, 0, 1, 1, False, False)
+            status_B1[b, 0] = decode_jpg(stored, pixels_hw3)
         else:
             pixels_hw3 = stored.reshape((h, w, 3)).copy()
         if status_B1[b, 0] == 0:
             side = out_BCSS.shape[2]
-            view_SS3 = crop_image(pixels_hw3, side, options, area, ratios, seed, epoch, index)
+            view_SS3 = crop_image(
+                pixels_hw3, resize_crop, side, options, area, ratios, seed, epoch, index
+            )
             recolour(view_SS3, seed, epoch, index, strengths[0], erase_ratios, normals)
             is_mirrored = draw_mirror(options[2], seed, epoch, index)
             write_normalised(out_BCSS[b], view_SS3, is_mirrored, table)
+            strong_augment.cut_out(out_BCSS[b], seed, epoch, index, options[3])
             erase(out_BCSS[b], seed, epoch, index, strengths[1], erase_ratios, normals)
 
     return decode_image

@@ -95,10 +95,13 @@ class FileData(OrderedData):
         return data
 
     def _loader(self, part: Part, order: TrainOrder | ValOrder, *, seed: int, threads: int) -> Any:
-        from pipeline.data.ffcv.reader import BetonLoader, usable_threads
+        from pipeline.data.ffcv import codec
+        from pipeline.data.ffcv.loader import BetonLoader, usable_threads
 
+        if codec.HAS_FFCV:
+            from pipeline.data.ffcv.reader import FFCVLoader as BetonLoader
         path = self._path(self.stored_part(part))
-        decode = self._decoder(part, path, parallel=usable_threads(threads) > 1)
+        decode = self._decoder(part, path, parallel=usable_threads(threads) > 1 and codec.HAS_FFCV)
         return BetonLoader(path, decode, order, seed=seed, threads=threads, one_in=self._one_in)
 
     def _path(self, file: Part) -> Path:

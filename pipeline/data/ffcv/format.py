@@ -6,51 +6,68 @@
 A file contains samples of one kind, images or arrays, each with a label. Each sample is inside one
 page. One process passes the samples to this writer in order. In FFCV's own writer (1.0.2), worker
 processes race for pages. That writer waits forever for a dead worker, and cannot store a JPEG
-unchanged. FFCV reads the files of both writers.
+unchanged. FFCV reads the files of both writers. This module needs no FFCV.
+
+Source: FFCV 1.0.2, `ffcv.types` and `ffcv.fields`, for the layout.
 """
 
 import errno
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from pipeline.core.checks import require
 from pipeline.core.errors import DataError, require_data
 
 PAGE_BYTES = 8 << 20  # FFCV's default
 JPG, RAW = 0, 1  # FFCV's codes for the storage of an image
-# FFCV 1.0.2 raises these for damaged headers and field descriptors.
-_DAMAGED = (AssertionError, LookupError, MemoryError, OverflowError, TypeError, ValueError)
-_LABEL, _LABEL_ID = "label", 1  # the name, and FFCV's type number of an IntField (1.0.2)
+VERSION = 2  # of the layout
+_HEADER = np.dtype(
+    [
+        ("version", "<u2"),
+        ("num_fields", "<u2"),
+        ("page_size", "<u4"),
+        ("num_samples", "<u8"),
+        ("alloc_table_ptr", "<u8"),
+    ],
+    align=True,
+)
+_DESCRIPTOR = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "V1024")])
+_TABLE = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
+_TYPES = (  # FFCV's fields by their number
+    *("FloatField", "IntField", "RGBImageField", "BytesField", "NDArrayField", "JSONField"),
+    "TorchTensorField",
+)
+_METADATA_OFFSET = _HEADER.itemsize + 2 * _DESCRIPTOR.itemsize
+_LABEL, _LABEL_ID = "label", 1
 _FIELDS = ("image (RGBImageField), label (IntField)", "array (NDArrayField), label (IntField)")
-
-
-def _ffcv():
-    """Import FFCV when it is first needed: it imports torch and numba, which takes seconds."""
-    from pipeline.data.ffcv import api
-
-    return api
+# Damaged headers and field descriptors raise these.
+_DAMAGED = (LookupError, MemoryError, OverflowError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class Images:
-    """RGB images of any sizes: FFCV's RGBImageField (type 2 in 1.0.2).
-
-    An image's record is (mode, width, height, address).
-    """
+    """RGB images of any sizes: FFCV's RGBImageField."""
 
     name: ClassVar[str] = "image"
     type_id: ClassVar[int] = 2
+    record: ClassVar[np.dtype] = np.dtype(
+        [("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")]
+    )
 
-    def field(self) -> Any:
-        return _ffcv().RGBImageField()
+    def arguments(self) -> bytes:
+        return b""
 
 
 @dataclass(frozen=True)
 class Arrays:
-    """Arrays of one dtype and shape: FFCV's NDArrayField (type 4 in 1.0.2).
+    """Arrays of one dtype and shape: FFCV's NDArrayField.
 
     An array's record is its address. `dtype`: numpy's name of the type. No writer uses uint16,
     because FFCV warns whenever such a file is opened.
@@ -61,9 +78,20 @@ class Arrays:
 
     name: ClassVar[str] = "array"
     type_id: ClassVar[int] = 4
+    record: ClassVar[np.dtype] = np.dtype("<u8")
 
-    def field(self) -> Any:
-        return _ffcv().NDArrayField(np.dtype(self.dtype), self.shape)
+    def arguments(self) -> bytes:
+        """The shape with zeros up to 32 axes, the length of the type's JSON, the JSON."""
+        type_json = json.dumps(np.dtype(self.dtype).descr).encode()
+        lengths = np.zeros(33, "<u8")
+        lengths[: len(self.shape)], lengths[32] = self.shape, len(type_json)
+        return lengths.tobytes() + type_json
+
+    @classmethod
+    def from_arguments(cls, arguments: bytes) -> "Arrays":
+        lengths = np.frombuffer(arguments, "<u8", 33).tolist()
+        [(_, dtype)] = json.loads(arguments[264 : 264 + lengths[32]])
+        return cls(np.dtype(dtype).name, tuple(lengths[: lengths.index(0)]))
 
 
 Kind = Images | Arrays
@@ -80,11 +108,10 @@ class BetonWriter:
         self, path: Path, *, capacity: int, kind: Kind = Images(), page_bytes: int = PAGE_BYTES
     ) -> None:
         self.path, self.kind, self.page_bytes, self.samples = path, kind, page_bytes, 0
-        record = _ffcv().get_metadata_type([kind.field(), _ffcv().IntField()])
-        self._metadata = np.zeros(capacity, record)
-        self._table = np.zeros(capacity, _ffcv().ALLOC_TABLE_TYPE)
+        self._metadata = np.zeros(capacity, _metadata_type(kind))
+        self._table = np.zeros(capacity, _TABLE)
         self._pages_offset = (
-            -(-(_metadata_offset() + self._metadata.nbytes) // page_bytes) * page_bytes
+            -(-(_METADATA_OFFSET + self._metadata.nbytes) // page_bytes) * page_bytes
         )
         self._page = bytearray()
         self._pages = 0  # pages written so far
@@ -123,10 +150,7 @@ class BetonWriter:
         self._file.write(self._table[: self.samples].tobytes())
         self._file.seek(0)
         self._file.write(
-            np.array(
-                (_ffcv().CURRENT_VERSION, 2, self.page_bytes, self.samples, table_offset),
-                _ffcv().HeaderType,
-            ).tobytes()
+            np.array((VERSION, 2, self.page_bytes, self.samples, table_offset), _HEADER).tobytes()
             + _descriptors(self.kind)
             + self._metadata[: self.samples].tobytes()
         )
@@ -165,36 +189,36 @@ class Tables:
 def read_tables(path: Path) -> Tables:
     """Read everything but the pages of a complete file from this writer or FFCV's.
 
-    FFCV's reader accepts some damaged bytes; `page_checks` finds them.
+    Some damaged bytes are accepted; `page_checks` finds them.
 
     Raises:
         DataError: the file is no .beton, its header or field descriptors are damaged, or its fields
             are neither image and label nor array and label.
         OSError: the storage fails.
     """
-    try:
-        reader = _ffcv().Reader(str(path))
-    except (*_DAMAGED, OSError) as error:
-        # EINVAL: the header has an impossible table offset
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise
-        raise DataError(
-            f"{path}: no .beton, or its header or field descriptors are damaged"
-            f" ({type(error).__name__}: {error})"
-        ) from error
-    fields = ", ".join(f"{name} ({type(each).__name__})" for name, each in reader.handlers.items())
+    with _naming_damage(path):
+        header = np.fromfile(path, _HEADER, 1)[0].tolist()  # Python's integers do not overflow
+        version, num_fields, page_bytes, samples, table_offset = header
+        require(version == VERSION, f"the version must be {VERSION}; got {version}")
+        descriptors = np.fromfile(path, _DESCRIPTOR, num_fields, offset=_HEADER.itemsize)
+        fields = ", ".join(
+            f"{name.decode(errors='replace')} ({_TYPES[type_id]})"
+            for type_id, name, _ in descriptors.tolist()
+        )
     require_data(
         fields in _FIELDS, f"{path}: must hold the fields {' or '.join(_FIELDS)}; got {fields}"
     )
-    field = next(iter(reader.handlers.values()))
-    kind = (
-        Images() if fields == _FIELDS[0] else Arrays(field.dtype.name, tuple(map(int, field.shape)))
-    )
-    table = reader.alloc_table[np.argsort(reader.alloc_table["sample_id"], kind="stable")]
-    records = reader.metadata["f0"]
+    with _naming_damage(path):
+        kind = (
+            Images()
+            if fields == _FIELDS[0]
+            else Arrays.from_arguments(descriptors["arguments"][0].tobytes())
+        )
+        metadata = np.fromfile(path, _metadata_type(kind), samples, offset=_METADATA_OFFSET)
+        table = np.fromfile(path, _TABLE, offset=table_offset)
+    table = table[np.argsort(table["sample_id"], kind="stable")]
+    records = metadata["f0"]
     addresses = records["data_ptr"] if isinstance(kind, Images) else records
-    # Python's integers do not overflow; FFCV's do under NumPy 2.
-    page_bytes, table_offset = int(reader.page_size), int(reader.header["alloc_table_ptr"])
     require_data(
         page_bytes.bit_count() == 1,
         f"{path}: damaged header: the page size must be a power of 2; got {page_bytes} bytes",
@@ -203,12 +227,11 @@ def read_tables(path: Path) -> Tables:
     pages_offset = (
         int(addresses.min()) // page_bytes * page_bytes if len(addresses) else table_offset
     )
-    header_size, metadata_offset = _ffcv().HeaderType.itemsize, _metadata_offset()
-    metadata_end = metadata_offset + reader.metadata.nbytes
+    metadata_end = _METADATA_OFFSET + metadata.nbytes
     regions = (
-        ("header", 0, header_size),
-        ("field descriptors", header_size, metadata_offset - header_size),
-        ("metadata", metadata_offset, metadata_end - metadata_offset),
+        ("header", 0, _HEADER.itemsize),
+        ("field descriptors", _HEADER.itemsize, _METADATA_OFFSET - _HEADER.itemsize),
+        ("metadata", _METADATA_OFFSET, metadata.nbytes),
         ("padding", metadata_end, pages_offset - metadata_end),
         ("allocation table", table_offset, table.nbytes),
     )
@@ -219,20 +242,32 @@ def read_tables(path: Path) -> Tables:
         regions=[region for region in regions if region[2]],
         records=records,
         addresses=addresses,
-        labels=reader.metadata["f1"],
+        labels=metadata["f1"],
         sizes=table["size"],
     )
 
 
+@contextmanager
+def _naming_damage(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (*_DAMAGED, OSError) as error:
+        # EINVAL: the header has an impossible table offset
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
+        raise DataError(
+            f"{path}: no .beton, or its header or field descriptors are damaged"
+            f" ({type(error).__name__}: {error})"
+        ) from error
+
+
 def _descriptors(kind: Kind) -> bytes:
-    descriptors = np.zeros(2, _ffcv().FieldDescType)
-    fields = ((kind.name, kind.type_id, kind.field()), (_LABEL, _LABEL_ID, _ffcv().IntField()))
-    for descriptor, (name, type_id, field) in zip(descriptors, fields, strict=True):
-        descriptor["type_id"] = type_id
-        descriptor["name"][: len(name)] = np.frombuffer(name.encode(), np.uint8)
-        descriptor["arguments"] = field.to_binary()[0]
-    return descriptors.tobytes()
+    fields = [
+        (kind.type_id, kind.name.encode(), kind.arguments()),
+        (_LABEL_ID, _LABEL.encode(), b""),
+    ]
+    return np.array(fields, _DESCRIPTOR).tobytes()
 
 
-def _metadata_offset() -> int:
-    return _ffcv().HeaderType.itemsize + 2 * _ffcv().FieldDescType.itemsize
+def _metadata_type(kind: Kind) -> np.dtype:
+    return np.dtype([("f0", kind.record), ("f1", "<i8")], align=True)

@@ -1,4 +1,4 @@
-"""The shared parts of the compiled loops: FFCV's operation, a loop over a batch, random numbers.
+"""The shared parts of the compiled loops: a loop over a batch, random numbers.
 
 numba compiles each function at its first call in a process, without fastmath.
 """
@@ -13,7 +13,6 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, compiled_bits
-from pipeline.data.ffcv.api import AllocationQuery, Operation, State
 
 compiled: Any = njit(nogil=True, fastmath=False, error_model="numpy")
 bits = compiled_bits(compiled)
@@ -22,12 +21,8 @@ _S11, _S32 = np.uint64(11), np.uint64(32)
 _FLIP, _SHIFT_Y, _SHIFT_X = np.uint64(FLIP), np.uint64(SHIFT_Y), np.uint64(SHIFT_X)
 
 
-class Decoder(Operation):
-    """The FFCV operation of a compiled loop: from sample ids to float32 or uint8 [B, ...].
-
-    For each batch that is read ahead, FFCV allocates memory for the output, the pair (seed, epoch)
-    and a status per sample. The pair cannot be a variable of a closure, because numba would compile
-    it as a constant. The status is not 0 if the sample could not be decoded.
+class Decoder:
+    """A compiled loop over the samples of a batch: from sample ids to float32 or uint8 [B, ...].
 
     Args:
         name: the decoded field of the file.
@@ -38,8 +33,6 @@ class Decoder(Operation):
         table: the output is uint8, and this is `Batch.table`; None: the output is float32.
         parallel: decode the samples of a batch on numba's threads.
     """
-
-    KEYS, STATUS = 1, 2  # indices into the memory
 
     def __init__(
         self,
@@ -52,31 +45,22 @@ class Decoder(Operation):
         table: NDArray[np.float32] | None = None,
         parallel: bool,
     ) -> None:
-        super().__init__()
         self.name, self.what, self.shape, self.table = name, what, shape, table
+        self.dtype = np.dtype(np.float32 if table is None else np.uint8)
         self._decode_batch, self._parameters = batch_loop(decode_sample, parallel), parameters
 
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
-        dtype = np.dtype(np.float32 if self.table is None else np.uint8)
-        return (
-            State(jit_mode=True, device=previous_state.device, shape=self.shape, dtype=dtype),
-            (
-                AllocationQuery(self.shape, dtype),
-                AllocationQuery((2,), np.dtype(np.uint64)),
-                AllocationQuery((1,), np.dtype(np.int32)),
-            ),
-        )
+    def __call__(self, rows_B: Any, memory: Any, records: Any, storage: Any) -> None:
+        """Decode a batch.
 
-    def generate_code(self) -> Any:
-        # numba cannot read attributes of `self`
-        decode_batch, parameters = self._decode_batch, self._parameters
-
-        def decode(indices_B, memory, records, storage):
-            out_B, keys_B2, status_B1 = memory
-            decode_batch(indices_B, out_B, keys_B2, status_B1, records, storage, parameters)
-            return out_B
-
-        return decode
+        Args:
+            rows_B: the number of each sample, plus the view number times the number of samples.
+            memory: the output, (seed, epoch) as uint64 [B,2], and a status per sample, int32 [B,1],
+                which is not 0 if the sample could not be decoded.
+            records: of the field, for all samples of the file.
+            storage: the file as uint8, the addresses of its samples in ascending order, and their
+                sizes in bytes.
+        """
+        self._decode_batch(rows_B, *memory, records, storage, self._parameters)
 
 
 @cache

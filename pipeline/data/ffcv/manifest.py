@@ -42,11 +42,10 @@ class Manifest:
     pages: list[str]  # xxh3-64 of each page
     # unreadable samples, with the reason
     skipped: list[dict[str, str]] = field(default_factory=list)
-    # The omitted entries of a source folder: for each kind, one line of text with the number and an
-    # example. No program parses the text. Older manifests hold records instead of lines.
-    left_out: list[Any] = field(default_factory=list)
+    # entries of a source folder that are no samples, with the reason
+    left_out: list[dict[str, str]] = field(default_factory=list)
     # Sums over all samples. Of images: the number stored "as it is", as "jpg" or as "raw", and the
-    # number "not rotated" (images.py). Of recordings: "events" and "saturated" counts
+    # number "rotated" or "not rotated" (images.py). Of recordings: "events" and "saturated" counts
     # (recordings.py).
     stored: dict[str, int] = field(default_factory=dict)
     # For each grouping, such as "object", the group of each sample.

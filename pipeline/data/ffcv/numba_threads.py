@@ -7,11 +7,12 @@ when two loaders run at once.
 import ctypes
 import importlib
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numba
 
-from pipeline.core.errors import DataError
+from pipeline.core.errors import DataError, require_data
 
 _TBB_MODULE = "numba.np.ufunc.tbbpool"
 
@@ -41,8 +42,12 @@ def require_tbb() -> None:
     """Make numba use TBB.
 
     Raises:
-        DataError: TBB is not installed.
+        DataError: TBB or FFCV is not installed. Without FFCV, one thread decodes (codec.py).
     """
+    require_data(
+        find_spec("ffcv") is not None,
+        "data: more than 1 loader thread needs FFCV; install it or set threads=1",
+    )
     try:
         load_tbb()
     except (OSError, ImportError) as error:

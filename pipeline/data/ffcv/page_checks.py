@@ -82,25 +82,28 @@ class SpotCheck:
     """Compares pages while the samples of one epoch are read from a file.
 
     It compares the pages of about one in `one_in` samples. (seed, epoch) determines these samples.
-    It also compares the page of each sample that cannot be decoded. `table`: FFCV's allocation
-    table, with the address of each sample.
+    It also compares the page of each sample that cannot be decoded. `addresses`: of each sample.
     """
 
-    def __init__(self, path: Path, table: Any, *, one_in: int, seed: int, epoch: int) -> None:
+    def __init__(
+        self, path: Path, addresses: NDArray[Any], *, one_in: int, seed: int, epoch: int
+    ) -> None:
         self.path, self.one_in, self._keys = path, one_in, (seed, epoch)
         self.manifest = manifests.read(path)
-        self._sample_pages = np.empty(len(table), np.int64)
-        self._sample_pages[table["sample_id"]] = _page_numbers(self.manifest, table["ptr"])
+        self._sample_pages = _page_numbers(self.manifest, addresses)
 
-    def check_batch(self, index_B: NDArray[np.int64], is_failed_B: NDArray[np.bool_]) -> None:
+    def check_batch(self, rows_B: NDArray[np.uint64], is_failed_B: NDArray[np.bool_]) -> None:
         """Compare pages of a batch that was just decoded.
 
-        `is_failed_B`: whether a sample could not be decoded.
+        Args:
+            rows_B: the number of each sample, plus a multiple of the number of samples.
+            is_failed_B: whether a sample could not be decoded.
 
         Raises:
             DataError: a page is damaged.
             OSError: the storage is unreachable.
         """
+        index_B = rows_B.astype(np.int64) % len(self._sample_pages)
         is_drawn_B = below(bits(*self._keys, index_B, PAGE), self.one_in) == 0
         pages = np.unique(self._sample_pages[index_B[is_drawn_B | is_failed_B]]).tolist()
         _compare_pages(self.path, self.manifest, pages, self._sample_pages, map)

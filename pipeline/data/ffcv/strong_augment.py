@@ -1,4 +1,4 @@
-"""Strong augmentation, compiled: RandAugment's colour operations, and random erasing.
+"""Strong augmentation, compiled: RandAugment's colour operations, cutout, and random erasing.
 
 Two of ten colour operations are drawn for each view, independently. Each is applied with
 probability 1/2 and with its own magnitude, which is normally distributed with mean `colour` and
@@ -16,14 +16,18 @@ standard deviation 1/2, and clipped to 0..10.
 These are timm's "rand-m9-mstd0.5-inc1" without rotations, shears and shifts. A random crop takes
 their place.
 
+Cutout sets a square of a normalised view to 0, the mean. Its centre is uniform over the view, and
+what lies outside the view is clipped.
+
 Random erasing replaces a rectangle of a normalised view by noise of mean 0 and standard deviation
 1. The rectangle's area is a share 0.02 to 1/3 of the view. Its ratio of height to width is 0.3 to
 1/0.3, uniform in the logarithm. The first of ten attempts that fits is used. If none fits, nothing
 is erased.
 
 Source: Cubuk et al. 2020, arXiv:1909.13719 (RandAugment); for the same draws the colours equal
-those of timm 1.0.31 with Pillow 13.0 to the bit. Zhong et al. 2020, arXiv:1708.04896 (random
-erasing); the ranges are those of timm 1.0.31 in its mode "pixel".
+those of timm 1.0.31 with Pillow 13.0 to the bit. DeVries, Taylor 2017, arXiv:1708.04552 (cutout).
+Zhong et al. 2020, arXiv:1708.04896 (random erasing); the ranges are those of timm 1.0.31 in its
+mode "pixel".
 """
 
 # C channels, S side of a view
@@ -32,7 +36,7 @@ import math
 
 import numpy as np
 
-from pipeline.core.random import COLOUR, ERASE, ERASE_PIXELS
+from pipeline.core.random import COLOUR, CUTOUT_X, CUTOUT_Y, ERASE, ERASE_PIXELS
 from pipeline.data.ffcv.loops import below, bits, compiled, uniform
 
 OPERATIONS = (
@@ -50,6 +54,7 @@ _COLOUR, _CONTRAST, _SHARPNESS, _OPERATION_COUNT = 6, 7, 9, len(OPERATIONS)
 _DRAWS = np.arange(COLOUR, COLOUR + 8 * LAYERS, dtype=np.uint64).reshape(LAYERS, 8)
 _ERASE_DRAWS = np.arange(ERASE + 8, ERASE + 8 + 4 * ATTEMPTS, dtype=np.uint64).reshape(ATTEMPTS, 4)
 _IS_ERASED, _NOISE, _ONE, _FOUR = map(np.uint64, (ERASE, ERASE_PIXELS, 1, 4))
+_CUTOUT_Y, _CUTOUT_X = np.uint64(CUTOUT_Y), np.uint64(CUTOUT_X)
 _S16, _S48, _S52, _S63 = map(np.uint64, (16, 48, 52, 63))
 
 
@@ -159,6 +164,15 @@ def recolour(pixels_SS3, seed, epoch, index, colour, _, normals):
             magnitude = min(max(colour + MAGNITUDE_STD * normal, 0.0), MAX_MAGNITUDE)
             sign = 1.0 if bits(seed, epoch, index, _DRAWS[layer, 3]) >> _S63 == 0 else -1.0
             apply_operation(pixels_SS3, operation, magnitude, sign)
+
+
+@compiled
+def cut_out(out_CSS, seed, epoch, index, length):
+    """Set a square of `length` pixels a side to 0 in place. With `length` 0, nothing changes."""
+    side = out_CSS.shape[1]
+    top = below(bits(seed, epoch, index, _CUTOUT_Y), side) - length // 2
+    left = below(bits(seed, epoch, index, _CUTOUT_X), side) - length // 2
+    out_CSS[:, max(0, top) : max(0, top + length), max(0, left) : max(0, left + length)] = 0
 
 
 @compiled

@@ -11,7 +11,7 @@ from pipeline.data.write.generated_events import CLASSES, MovingShape, Saccades
 from pipeline.data.write.images import fashion_sets
 from pipeline.data.write.published_events import PUBLISHED, published_sets
 from pipeline.data.write.recordings import Framing
-from pipeline.data.write.writer import Existing, Progress, Source, check_kept, write_sets
+from pipeline.data.write.writer import Existing, Progress, Source, write_sets
 
 EventSet = Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"]
 DEFAULT_SLICES = {"moving": 10, "saccades": 6}  # of the generated sets
@@ -28,7 +28,7 @@ def write_events(
     val_samples: int | None = None,
     content_seed: int | None = None,
     workers: int = 1,
-    max_bad: int = 0,
+    max_unreadable: float = 0.0,
     progress: Progress | None = None,
     existing: Existing = "refuse",
     **framing: Any,
@@ -46,11 +46,11 @@ def write_events(
             or one per image (saccades).
         content_seed: selects the generated recordings; default 0.
         framing: `frames_by`, `resize`, `counts` and `overflow` of recordings.Framing.
-        max_bad, existing: as in `write_sets`.
+        max_unreadable, existing: as in `write_sets`.
 
     Raises:
-        DataError: an option is missing, out of range or has no effect, recordings are unavailable,
-            or kept files hold other samples; also as `write_sets`.
+        DataError: an option is missing, out of range or has no effect, or recordings are
+            unavailable; also as `write_sets`.
         LoaderError: as `write_sets`.
     """
     options = {"samples": samples, "val_samples": val_samples, "content_seed": content_seed}
@@ -83,17 +83,15 @@ def write_events(
             if name == "moving"
             else _saccade_sets(source, size, **numbers)
         )
-    written = write_sets(
+    return write_sets(
         sets,
         Path(out),
         Framing(slices=slices, size=size, **framing),
         workers=workers,
-        max_bad=max_bad,
+        max_unreadable=max_unreadable,
         progress=progress,
         existing=existing,
     )
-    check_kept(written, sets)
-    return written
 
 
 def _moving_sets(

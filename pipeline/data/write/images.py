@@ -1,11 +1,11 @@
-"""Writes image sets: Fashion-MNIST from its four files, or a folder in ImageNet's layout.
+"""Writes image sets: Fashion-MNIST from its four files, or pictures in a folder for each class.
 
 An image that is stored as JPEG keeps its bytes if it is a JPEG (also a progressive or grey one)
-that fits `max_resolution` and that FFCV's decoder accepts without a warning. Pillow decodes all
-other images (PNG, CMYK, a JPEG with stray bytes or too large) to RGB, and shrinks them by area
-averaging if they are too large. They are then stored as a new JPEG or as raw pixels. EXIF
-orientation is ignored, as in torchvision's ImageFolder. Images that are not upright are counted as
-"not rotated".
+that fits `max_resolution`, that the decoder of runs accepts without a warning, and that needs no
+rotation. Pillow decodes all other images (PNG, CMYK, a JPEG with stray bytes or too large) to RGB,
+and shrinks them by area averaging if they are too large. They are then stored as a new JPEG or as
+raw pixels. Of 16 bits the upper 8 are stored, of several frames the first. Transparency is dropped,
+as in torchvision's ImageFolder.
 """
 
 import ctypes
@@ -14,18 +14,20 @@ import io
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import distribution
 from operator import attrgetter
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from pipeline.core.code_version import NOT_INSTALLED, installed_version
 from pipeline.core.errors import DataError, require_data
 from pipeline.core.random import bits
 from pipeline.core.units import first_few
@@ -46,7 +48,12 @@ FASHION_CLASSES = [
     "Bag",
     "Ankle boot",
 ]
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".jpe", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff"}
+# A file with one of these suffixes counts as unreadable if Pillow cannot read it. A file with
+# another suffix is then left out.
+IMAGE_SUFFIXES = {
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jp2", ".jpe", ".jpeg", ".jpg", ".pgm", ".png"),
+    *(".ppm", ".tga", ".tif", ".tiff", ".webp"),
+}
 # Pillow 13.0 raises these for damaged files and for files that are no images.
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
@@ -65,7 +72,7 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """Encodes images as JPEG or raw pixels.
+    """Encodes pixels as JPEG or raw pixels.
 
     Mode "mixed" stores half of the images as JPEG, selected by a hash of the image's number.
 
@@ -94,39 +101,63 @@ class Encoding:
             self.mode == "mixed" and int(bits(0, 0, item.number, 0)) < self.jpg_share * 2.0**64
         )
         try:
-            if isinstance(item.image, Path):
-                return _encode_file(item.image, self, as_jpg)
-            return _encode_picture(Image.fromarray(item.image), self, as_jpg)
+            return self._encode(item.image, as_jpg)
         except UnidentifiedImageError:
             return "it is no picture that Pillow can read"
         except PILLOW_ERRORS as error:
             return f"{type(error).__name__}: {error}"
 
+    def _encode(self, image: Any, as_jpg: bool) -> Encoded | str:
+        return _encode_picture(Image.fromarray(image), self, as_jpg)
 
-def _encode_file(path: Path, encoding: Encoding, as_jpg: bool) -> Encoded | str:
-    with Image.open(path) as picture:
-        width, height = picture.size
-        fits = encoding.max_resolution is None or max(width, height) <= encoding.max_resolution
-        may_keep_bytes = as_jpg and fits and picture.format == "JPEG"
-        content = path.read_bytes() if may_keep_bytes else b""
-        if may_keep_bytes and _ffcv_decodes(content, height, width):
-            attributes = {"mode": JPG, "height": height, "width": width}
-            encoded = Encoded(content, attributes, {"as it is": 1})
-        else:
-            encoded = _encode_picture(picture, encoding, as_jpg)
-        try:
-            orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-        except (SyntaxError, struct.error):  # EXIF that Pillow 13.0 cannot read
-            orientation = 1
-        # values outside 1..8 have no meaning
-        if isinstance(encoded, Encoded) and orientation in range(2, 9):
-            encoded.counts["not rotated"] = 1
-        return encoded
+
+@dataclass(frozen=True, kw_only=True)
+class FileEncoding(Encoding):
+    """Encodes files in the same way.
+
+    `exif`: "apply" rotates and mirrors a picture by its EXIF orientation, and counts it as
+    "rotated". "ignore" stores the pixels as they are in the file, as torchvision's ImageFolder
+    does, and counts the picture as "not rotated". Pillow 13.0 always applies the orientation of a
+    TIFF.
+    """
+
+    exif: Literal["apply", "ignore"]
+
+    def _encode(self, image: Any, as_jpg: bool) -> Encoded | str:
+        with Image.open(image) as picture:
+            width, height = picture.size
+            fits = self.max_resolution is None or max(width, height) <= self.max_resolution
+            is_rotated = self.exif == "apply" and _orientation(picture) != 1
+            may_keep_bytes = as_jpg and fits and not is_rotated and picture.format == "JPEG"
+            content = image.read_bytes() if may_keep_bytes else b""
+            if may_keep_bytes and _ffcv_decodes(content, height, width):
+                attributes = {"mode": JPG, "height": height, "width": width}
+                encoded = Encoded(content, attributes, {"as it is": 1})
+            else:
+                upright = ImageOps.exif_transpose(picture) if is_rotated else picture
+                encoded = _encode_picture(upright, self, as_jpg)
+            if isinstance(encoded, Encoded) and (is_rotated or _orientation(picture) != 1):
+                encoded.counts["rotated" if is_rotated else "not rotated"] = 1
+            return encoded
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation, 1 to 8; 1 if there is none, or one without meaning."""
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    except (SyntaxError, struct.error):  # EXIF that Pillow 13.0 cannot read
+        return 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _encode_picture(picture: Image.Image, encoding: Encoding, as_jpg: bool) -> Encoded | str:
-    if picture.mode.startswith(("I", "F")):
-        return f"pixels of 8 bits are needed; got mode {picture.mode}"
+    if picture.mode == "F":
+        return "pixels of 8 or 16 bits are needed; got floats"
+    if picture.mode.startswith("I"):
+        levels_HW = np.asarray(picture)
+        if levels_HW.min() < 0 or levels_HW.max() > 65535:
+            return f"pixels of at most 16 bits are needed; got levels up to {levels_HW.max()}"
+        picture = Image.fromarray((levels_HW >> 8).astype(np.uint8))
     picture = picture.convert("RGB")  # decodes all of it, and raises if the file ends early
     longest = max(picture.size)
     if encoding.max_resolution is not None and longest > encoding.max_resolution:
@@ -148,8 +179,11 @@ def _encode_picture(picture: Image.Image, encoding: Encoding, as_jpg: bool) -> E
 def _ffcv_decodes(content: bytes, height: int, width: int) -> bool:
     """Whether the decoder of training runs accepts this JPEG without an error or a warning.
 
-    A run stops at both.
+    A run stops at both. Where FFCV is not installed, Pillow decodes in runs, and raises here.
     """
+    if installed_version("ffcv") == NOT_INSTALLED:
+        Image.open(io.BytesIO(content)).load()
+        return True
     pixels = np.empty((height, width, 3), np.uint8)
     memory = pixels.ctypes.data_as(ctypes.c_void_p)
     whole_image = (height, width, 0, 0, 1, 1, False, False)
@@ -218,12 +252,14 @@ def write_folder(
     mode: Literal["jpg", "raw", "mixed"] = "jpg",
     max_resolution: int | None = None,
     quality: int | None = None,
+    exif: Literal["apply", "ignore"] = "apply",
+    val: float | None = None,
     workers: int = 1,
-    max_bad: int = 0,
+    max_unreadable: float = 0.0,
     progress: Progress | None = None,
     existing: Existing = "refuse",
 ) -> list[Manifest]:
-    """Write images in ImageNet's layout: `source/train/<class>/*` and `source/val/<class>/*`.
+    """Write images in ImageNet's layout, or from one folder of class folders (`folder_sets`).
 
     Args:
         mode: "jpg" stores every image as JPEG, unchanged where possible (see the head of the file);
@@ -231,27 +267,30 @@ def write_folder(
             does.
         max_resolution: pixels of the longer side; larger images are shrunk.
         quality: of the JPEGs that Pillow encodes; None: 90.
-        max_bad, existing: as in `write_sets`.
+        exif: see FileEncoding.
+        val: as in `folder_sets`.
+        max_unreadable, existing: as in `write_sets`.
 
     Raises:
-        DataError: an option has no effect, a folder is missing or empty, or the classes of the two
-            sets differ; also as `write_sets`.
+        DataError: an option is unknown or has no effect; also as `folder_sets` and `write_sets`.
         LoaderError: as `write_sets`.
     """
     require_data(
-        quality is None or mode != "raw",
-        f"write_folder: quality has no effect in mode 'raw'; got {quality}",
+        (quality is None or mode != "raw") and exif in ("apply", "ignore"),
+        "write_folder: exif must be 'apply' or 'ignore', and quality has no effect in mode 'raw';"
+        f" got exif={exif!r}, quality={quality}, mode={mode!r}",
     )
     return write_sets(
-        folder_sets(Path(source)),
+        folder_sets(Path(source), val),
         Path(out),
-        Encoding(
+        FileEncoding(
             mode=mode,
             max_resolution=max_resolution,
             quality=90 if quality is None else quality,
+            exif=exif,
         ),
         workers=workers,
-        max_bad=max_bad,
+        max_unreadable=max_unreadable,
         progress=progress,
         existing=existing,
     )
@@ -277,24 +316,37 @@ def fashion_sets(source: Path | None = None) -> list[Source]:
     return sets
 
 
-def folder_sets(source: Path) -> list[Source]:
-    """The images `source/train/<class>/*` and `source/val/<class>/*`.
+def folder_sets(source: Path, val: float | None = None) -> list[Source]:
+    """The images in the class folders of `source/train` and `source/val`, or of `source`.
 
-    A label is the position of a class folder in the sorted names. Images are sorted by class, then
-    by name.
+    A label is the position of a class folder in the sorted names. The images of a class are all
+    pictures in its folder and its subfolders, by name. Hidden entries, links to folders, and files
+    that are no pictures are left out.
 
-    Hidden files and folders, folders inside a class folder, files beside the class folders, and
-    files without the suffix of an image (`IMAGE_SUFFIXES`) are omitted.
+    Args:
+        val: None: the sets are in `source/train` and `source/val`. Else the class folders are in
+            `source`, and about this share of each class is for evaluation: the images with the
+            lowest hashes of their files. So the split depends on no file's name, and copies of an
+            image are in the same set.
 
-    Raises: DataError if a folder is missing or empty, or the classes of the two sets differ.
+    Raises: DataError if a folder is missing or empty, the classes of the two sets differ, `val` is
+        out of range or has no effect, or a class cannot be split.
     """
-    sets = [_folder_set(source / name, name) for name in ("train", "val")]
-    train, val = (set(each.classes) for each in sets)
+    parts = ("train", "val")
+    if val is not None:
+        require_data(
+            0 < val < 1 and not all((source / part).is_dir() for part in parts),
+            "write_folder: val must be a share in 0..1, both excluded, of class folders; it has no"
+            f" effect on the folders train and val; got {val} of {source}",
+        )
+        return _split_by_content(_read_classes(source, "train"), val)
+    sets = [_read_classes(source / part, part) for part in parts]
+    train, val_classes = (set(each.classes) for each in sets)
     require_data(
-        train == val,
+        train == val_classes,
         f"write_folder: train and val of {source} must have the same classes; train alone has"
-        f" {first_few(sorted(train - val)) or 'none'}, val alone"
-        f" {first_few(sorted(val - train)) or 'none'}",
+        f" {first_few(sorted(train - val_classes)) or 'none'}, val alone"
+        f" {first_few(sorted(val_classes - train)) or 'none'}",
     )
     return sets
 
@@ -338,40 +390,93 @@ def _read_idx(folder: Path, name: str) -> NDArray[np.uint8]:
         ) from error
 
 
-def _folder_set(folder: Path, name: str) -> Source:
+def _read_classes(folder: Path, name: str) -> Source:
     require_data(
         folder.is_dir(),
-        f"write_folder: {folder.absolute()} must be a folder of class folders; it does not exist",
+        f"write_folder: {folder.absolute()} must be a folder of class folders; it does not exist;"
+        " to split one folder of class folders, use --val 0.1",
     )
-    by_name = attrgetter("name")
-    entries = sorted(os.scandir(folder), key=by_name)
+    entries = sorted(os.scandir(folder), key=attrgetter("name"))
     classes = [entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")]
     require_data(
         classes, f"write_folder: {folder.absolute()} must hold a folder for each class; it has none"
     )
+    left_out = [
+        {"image": entry.path, "reason": "beside the class folders"}
+        for entry in entries
+        if entry.name not in classes
+    ]
     items: list[Item] = []
-    left_out: defaultdict[str, list[str]] = defaultdict(list)  # the paths of each kind of entry
-    for entry in entries:
-        if entry.name not in classes:
-            left_out["beside the class folders"].append(entry.path)
     for label, class_name in enumerate(classes):
         before = len(items)
-        for entry in sorted(os.scandir(folder / class_name), key=by_name):
-            suffix = Path(entry.name).suffix.lower()
-            if entry.name.startswith("."):
-                left_out["hidden"].append(entry.path)
-            elif not entry.is_file():
-                left_out["no file"].append(entry.path)
-            elif suffix not in IMAGE_SUFFIXES:
-                left_out[f"suffix {suffix!r}"].append(entry.path)
+        for path, reason in _class_files(folder / class_name):
+            if reason:
+                left_out.append({"image": str(path), "reason": reason})
             else:
-                items.append(Item(len(items), Path(entry.path), label))
+                items.append(Item(len(items), path, label))
         require_data(
             len(items) != before,
-            f"write_folder: class folder {folder / class_name} must hold images"
-            f" ({' '.join(sorted(IMAGE_SUFFIXES))})",
+            f"write_folder: class folder {folder / class_name} must hold images; it has none",
         )
-    left_out_lines = (
-        f"{len(paths)} ({kind}), such as {paths[0]}" for kind, paths in sorted(left_out.items())
-    )
-    return Source(name, classes, items, str(folder.absolute()), tuple(left_out_lines))
+    return Source(name, classes, items, str(folder.absolute()), left_out)
+
+
+def _class_files(folder: Path) -> Iterator[tuple[Path, str]]:
+    """The files of a folder and its subfolders, each with the reason to leave it out, or ""."""
+    for entry in sorted(os.scandir(folder), key=attrgetter("name")):
+        path = Path(entry.path)
+        if entry.name.startswith("."):
+            yield path, "hidden"
+        elif entry.is_dir(follow_symlinks=False):
+            yield from _class_files(path)
+        elif not entry.is_file():  # links to folders may form a ring
+            yield path, "a link to a folder" if entry.is_dir() else "no file"
+        elif path.suffix.lower() not in IMAGE_SUFFIXES and not _is_picture(path):
+            yield path, "it is no picture that Pillow can read"
+        else:
+            yield path, ""
+
+
+def _is_picture(path: Path) -> bool:
+    try:
+        Image.open(path).close()
+    except UnidentifiedImageError:
+        return False
+    except PILLOW_ERRORS:
+        return True  # the encoder names the error
+    return True
+
+
+def _split_by_content(whole: Source, val: float) -> list[Source]:
+    digests = [_content_digest(item.image) for item in whole.items]
+    of_class: defaultdict[int, set[bytes]] = defaultdict(set)
+    for item, digest in zip(whole.items, digests, strict=True):
+        of_class[item.label].add(digest)
+    is_val: dict[bytes, bool] = {}
+    for label, own in of_class.items():
+        require_data(
+            len(own) > 1,
+            f"write_folder: class {whole.classes[label]!r} must hold 2 or more different images to"
+            " be split; got 1",
+        )
+        wanted = min(max(1, round(val * len(own))), len(own) - 1)
+        # A copy in an earlier class has decided the part of an image.
+        wanted -= sum(is_val.get(digest, False) for digest in own)
+        for position, digest in enumerate(sorted(own - is_val.keys())):
+            is_val[digest] = position < wanted
+    parts: tuple[list[Item], list[Item]] = ([], [])
+    for item, digest in zip(whole.items, digests, strict=True):
+        part = parts[is_val[digest]]
+        part.append(replace(item, number=len(part)))
+    origin = f"{whole.origin}, {val:g} of each class for evaluation"
+    return [
+        Source("train", whole.classes, parts[0], origin, whole.left_out),
+        Source("val", whole.classes, parts[1], origin),
+    ]
+
+
+def _content_digest(path: Path) -> bytes:
+    try:
+        return xxhash.xxh3_128_digest(path.read_bytes())
+    except OSError:
+        return b""  # the encoder names the error

@@ -46,7 +46,6 @@ from pipeline.data.write.writer import (
     Existing,
     Progress,
     Source,
-    check_kept,
     write_sets,
 )
 
@@ -219,8 +218,7 @@ def write_stamps(
 
     Raises:
         DataError: an option is out of range or has no effect, a package is missing, a picture
-            cannot be read, or kept files are of other scenes; also as `write_sets`. Nothing is
-            written if a picture cannot be read.
+            cannot be read; also as `write_sets`. Nothing is written if a picture cannot be read.
         LoaderError: as `write_sets`.
     """
     require_data(
@@ -243,11 +241,9 @@ def write_stamps(
     folder = PICTURES_FOLDER if source is None else Path(source).expanduser()
     counts = {"train": samples, "val": val_samples}
     sets = _sets(folder, counts, size=size, split=split, content_seed=content_seed)
-    written = write_sets(
+    return write_sets(
         sets, Path(out), encode, workers=workers, progress=progress, existing=existing
     )
-    check_kept(written, sets)
-    return written
 
 
 def _sets(

@@ -16,13 +16,13 @@ from concurrent.futures import ProcessPoolExecutor, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from itertools import count, islice
 from multiprocessing import get_context
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
 from typing import Any, Literal, get_args
 
+from pipeline.core.code_version import installed_version
 from pipeline.core.errors import DataError, LoaderError, require_data
 from pipeline.core.files import sync_folder
 from pipeline.core.units import counted
@@ -45,7 +45,7 @@ class Source:
     classes: list[str]  # the position of a class name is its label
     items: Sequence[Any]  # the samples; each has a `label`, and `str` names it in error messages
     origin: str  # of the samples, for the manifest
-    left_out: tuple[str, ...] = ()  # see Manifest
+    left_out: Sequence[dict[str, str]] = ()  # see Manifest
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def write_sets(
     encode: Any,
     *,
     workers: int = 1,
-    max_bad: int = 0,
+    max_unreadable: float = 0.0,
     progress: Progress | None = None,
     existing: Existing = "refuse",
 ) -> list[Manifest]:
@@ -85,27 +85,27 @@ def write_sets(
         encode: a frozen dataclass. A call with a sample returns an `Encoded`, or the reason why the
             sample is unreadable. `encode.kind` is the kind of the file (format.py). The fields of
             the dataclass are stored in the manifest. Each worker process gets a copy.
-        max_bad: the number of samples in each set that may be unreadable. They are omitted and
-            listed in the manifest.
+        max_unreadable: the share of the samples of each set that may be unreadable. They are
+            omitted and listed in the manifest.
         existing: "refuse" raises if a file exists. "replace" replaces existing files. "keep" writes
             the files if none exists, raises if only some do, and otherwise verifies and keeps them.
 
     Raises:
-        TooManyUnreadable: a set has more than `max_bad` unreadable samples, or no readable one.
-            Before that, all samples of all sets are tried.
+        TooManyUnreadable: after all samples of all sets were tried.
         DataError: an option is out of range, a file exists, a kept file is damaged or has other
-            options, a sample does not fit a page, or the disk is full or cannot be written.
+            options or samples, or the disk is full or cannot be written.
         LoaderError: a worker process died or hung.
     """
     require_data(
-        workers >= 1 and max_bad >= 0 and existing in get_args(Existing),
-        "write: workers must be 1 or more, max_bad 0 or more, existing 'refuse', 'replace' or"
-        f" 'keep'; got workers={workers}, max_bad={max_bad}, existing={existing!r}",
+        workers >= 1 and 0 <= max_unreadable <= 1 and existing in get_args(Existing),
+        "write: workers must be 1 or more, max_unreadable a share in 0..1, existing 'refuse',"
+        f" 'replace' or 'keep'; got workers={workers}, max_unreadable={max_unreadable},"
+        f" existing={existing!r}",
     )
     files = [Path(out) / f"{source.name}.beton" for source in sets]
     existing_files = [str(file) for file in files if file.exists()]
     if existing == "keep" and len(existing_files) == len(files):
-        return _verify_kept(files, encode)
+        return _verify_kept(files, sets, encode)
     require_data(
         not existing_files or existing == "replace",
         f"write: {' and '.join(existing_files)} must not exist yet; remove them, or use"
@@ -120,28 +120,13 @@ def write_sets(
             _store(source, stack.enter_context(_renamed_to(file)), encode, workers, report)
             for source, file in zip(sets, files, strict=True)
         ]
-        _refuse_unreadable(written, encode.kind.name, max_bad)
+        _refuse_unreadable(written, max_unreadable)
         for path in manifest_paths:
             # A run that is killed before its end must not leave a manifest of another file.
             path.unlink(missing_ok=True)
     for manifest, path in zip(written, manifest_paths, strict=True):
         manifest.write(path)
     return written
-
-
-def check_kept(written: Sequence[Manifest], sets: Sequence[Source]) -> None:
-    """Check that kept files were written from the requested sets.
-
-    Raises: DataError if a file has another number or another origin of samples.
-    """
-    for manifest, source in zip(written, sets, strict=True):
-        samples = manifest.samples + len(manifest.skipped)
-        require_data(
-            (samples, manifest.source) == (len(source.items), source.origin),
-            f"write: {manifest.file} was written from {counted(samples, 'sample')} of"
-            f" {manifest.source}; got {len(source.items)} of {source.origin}; use --existing"
-            " replace",
-        )
 
 
 def encode_all(
@@ -183,28 +168,39 @@ def encode_all(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _verify_kept(files: Sequence[Path], encode: Any) -> list[Manifest]:
+def _verify_kept(files: Sequence[Path], sets: Sequence[Source], encode: Any) -> list[Manifest]:
     kept = [manifest for file in files for manifest in verify(file)]
-    for manifest in kept:
+    for manifest, source in zip(kept, sets, strict=True):
         require_data(
             manifest.options == asdict(encode),
             f"write: {manifest.file} was written with {manifest.options}; got {asdict(encode)}; use"
             " --existing replace",
         )
+        samples = manifest.samples + len(manifest.skipped)
+        require_data(
+            (samples, manifest.source) == (len(source.items), source.origin),
+            f"write: {manifest.file} was written from {counted(samples, 'sample')} of"
+            f" {manifest.source}; got {len(source.items)} of {source.origin}; use --existing"
+            " replace",
+        )
     return kept
 
 
-def _refuse_unreadable(written: Sequence[Manifest], kind: str, max_bad: int) -> None:
-    if all(each.samples and len(each.skipped) <= max_bad for each in written):
+def _refuse_unreadable(written: Sequence[Manifest], max_unreadable: float) -> None:
+    totals = [each.samples + len(each.skipped) for each in written]
+    if all(
+        each.samples and len(each.skipped) <= max_unreadable * total
+        for each, total in zip(written, totals, strict=True)
+    ):
         return
     counts = [
-        f"{len(each.skipped)} of {each.samples + len(each.skipped)} in {each.file}"
-        for each in written
+        f"{len(each.skipped)} of {total} in {each.file}"
+        for each, total in zip(written, totals, strict=True)
     ]
     raise TooManyUnreadable(
-        f"write: at most {counted(max_bad, kind)} of each set may be unreadable, and one must be"
-        f" readable; got {' and '.join(counts)} unreadable; repair or remove the unreadable"
-        " samples, or allow more with --max-bad",
+        f"write: a share of at most {max_unreadable:g} of each set may be unreadable, and one"
+        f" sample must be readable; got {' and '.join(counts)} unreadable; repair or remove the"
+        " unreadable samples, or allow a larger share with --max-unreadable",
         [sample for each in written for sample in each.skipped],
     )
 
@@ -212,19 +208,18 @@ def _refuse_unreadable(written: Sequence[Manifest], kind: str, max_bad: int) -> 
 def _store(
     source: Source, path: Path, encode: Any, workers: int, report: Callable[[], None]
 ) -> Manifest:
-    # `version` fails in a checkout that is not installed, so it is called before the long work.
-    versions = {name: version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")}
     content, stored = ContentHash(source.classes, encode.kind), Counter()
     labels, skipped, groups = [], [], defaultdict(list)
     with closing(BetonWriter(path, capacity=len(source.items), kind=encode.kind)) as writer:
         for item, result in encode_all(source.items, encode, workers=workers):
+            if isinstance(result, Encoded):
+                try:
+                    writer.add(result.payload, label=item.label, **result.attributes)
+                except DataError as error:  # it does not fit a page
+                    result = str(error)
             if isinstance(result, str):
                 skipped.append({"image": str(item), "reason": result})
             else:
-                try:
-                    writer.add(result.payload, label=item.label, **result.attributes)
-                except DataError as error:
-                    raise DataError(f"{item}: {error}") from error
                 content.add(result.payload, label=item.label, **result.attributes)
                 labels.append(item.label)
                 stored.update(result.counts)
@@ -245,7 +240,9 @@ def _store(
         source=source.origin,
         command=shlex.join(sys.argv),
         options=asdict(encode),
-        written_by=versions,
+        written_by={
+            name: installed_version(name) for name in ("spiketrain", "ffcv", "numpy", "pillow")
+        },
     )
 
 

@@ -34,6 +34,9 @@ def test_constructing_opens_no_file():
         ({"area": (0.5, 1.5)}, r"high <= 1; got \(0.5, 1.5\)"),
         ({"ratio": (2.0, 1.0)}, r"ratio must be \(low, high\) with 0 < low <= high; got"),
         ({"colour": 11.0}, r"colour in 0\.\.10, .* colour=11\.0"),
+        ({"cutout": 33}, r"cutout in 0\.\.size, .* cutout=33"),
+        ({"resize": "nearest"}, "resize must be 'area' or 'bicubic', .* got 'nearest'"),
+        ({"resize": "area", "crop": "shift"}, "has no effect with crop='shift'; got 'area'"),
         ({"erase": -0.1}, r"erase in 0\.\.1; got .* erase=-0\.1"),
         (
             {"colour": 9.0, "channels": 1, "mean": (0.5,), "std": (0.5,)},

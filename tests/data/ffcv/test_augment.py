@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, below, bits
+from pipeline.core.random import CUTOUT_X, CUTOUT_Y, FLIP, SHIFT_X, SHIFT_Y, below, bits
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv.augment import crop_box, level_table, ratio_table
 from tests.helpers.views import AREA, MEAN, RATIO, STD, crop_by_hand, epoch_of, normalised, resized
@@ -53,6 +53,55 @@ def test_random_resized_crop_and_flip_of_images(raw):
             flipped += mirror
             assert np.array_equal(x, normalised(expected[:, ::-1] if mirror else expected))
     assert 35 < flipped < 80
+
+
+def pillow_bicubic(pixels, box, size):
+    """The rows first, then the columns, which Pillow 13.0 does for most sizes alone."""
+    top, left, height, width = box
+    crop = Image.fromarray(pixels).crop((left, top, left + width, top + height))
+    for shape in ((size, height), (size, size)):
+        crop = crop.resize(shape, Image.Resampling.BICUBIC)
+    return np.asarray(crop)
+
+
+def test_bicubic_crops_are_those_of_pillow(raw):
+    """Crops that shrink and crops that grow, to the level."""
+    folder, pictures = raw
+    data = Beton(
+        folder,
+        classes=2,
+        size=90,
+        mean=MEAN,
+        std=STD,
+        resize="bicubic",
+        area=(0.01, 1),
+        flip="never",
+    )
+    growing = 0
+    for i, x in epoch_of(data, "train", 2):
+        h, w, _ = pictures[i].shape
+        box = crop_by_hand(h, w, 21, 2, i, area=(0.01, 1))
+        growing += box[2] < 90
+        assert np.array_equal(x, normalised(pillow_bicubic(pictures[i], box, 90)))
+    assert 10 < growing < 50
+
+
+@pytest.mark.parametrize(("length", "before", "after"), [(8, 4, 4), (9, 4, 5), (24, 12, 12)])
+def test_cutout_sets_a_clipped_square_to_the_mean(raw, length, before, after):
+    """As DeVries and Taylor's code has it for even lengths, of the draws of CUTOUT_Y and _X."""
+    how = {"classes": 2, "size": 24, "mean": MEAN, "std": STD}
+    plain, cut = (
+        dict(epoch_of(Beton(raw[0], **how, cutout=each), "train", 3)) for each in (0, length)
+    )
+    clipped = 0
+    for i in plain:
+        mask_SS = np.ones((24, 24), np.float32)
+        y, x = (int(below(bits(21, 3, i, draw), 24)) for draw in (CUTOUT_Y, CUTOUT_X))
+        (top, left), (bottom, right) = (np.clip((y + by, x + by), 0, 24) for by in (-before, after))
+        mask_SS[top:bottom, left:right] = 0
+        clipped += (mask_SS == 0).sum() < length * length
+        assert np.array_equal(cut[i], plain[i] * mask_SS)
+    assert 10 < clipped <= len(plain)
 
 
 def test_the_copies_of_a_sample_are_views_of_their_own(raw):
@@ -144,7 +193,7 @@ def test_one_channel_is_luma(raw):
         assert np.array_equal(x[0], grey / np.float32(255))
 
 
-@pytest.mark.parametrize("strong", [{"colour": 9.0}, {"erase": 1.0}])
+@pytest.mark.parametrize("strong", [{"colour": 9.0}, {"erase": 1.0}, {"cutout": 9}])
 def test_evaluation_has_no_strong_augmentation(raw, strong):
     folder, _ = raw
     how = {"classes": 2, "size": 24, "mean": MEAN, "std": STD}

@@ -59,6 +59,7 @@ def test_levels_looked_up_are_the_floats_of_the_reader(
 
 WITHOUT_LEVELS = {
     "erase": lambda photos, moving: beton(photos, erase=0.5),
+    "cutout": lambda photos, moving: beton(photos, cutout=8),
     "recordings": lambda photos, moving: Events(moving, classes=16, steps=4, size=16),
     "synthetic": lambda photos, moving: Synthetic(61, shape=(1, 8, 8), val_samples=13),
 }

@@ -20,6 +20,7 @@ from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv import manifest as manifests
 from pipeline.data.ffcv import numba_threads, reader
 from pipeline.data.ffcv.format import JPG, read_tables
+from pipeline.data.ffcv.loader import usable_threads
 
 SIZES = {"seed": 5, "batch_size": 12, "micro_batch": 12}
 
@@ -200,17 +201,17 @@ def test_a_corrupt_jpeg_is_named_and_its_page_is_damaged_unless_it_was_written_s
 
 
 def test_too_many_threads_are_refused_and_tbb_demanded(monkeypatch):
-    most = reader.numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
-    assert reader.usable_threads(most) == most
+    most = numba_threads.numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
+    assert usable_threads(most) == most
     for threads in (0, most + 1):
         with pytest.raises(DataError, match=rf"threads must be in 1\.\.{most} .*; got {threads}"):
-            reader.usable_threads(threads)
+            usable_threads(threads)
 
     missing = Mock(side_effect=ImportError("libtbb.so.12: cannot open shared object file"))
     monkeypatch.setattr(numba_threads.importlib, "import_module", missing)
-    assert reader.usable_threads(1) == 1
+    assert usable_threads(1) == 1
     with pytest.raises(DataError, match=r"needs TBB; .*threads=1; got: libtbb"):
-        reader.usable_threads(2)
+        usable_threads(2)
 
 
 def test_two_loaders_at_once(data):
