@@ -228,7 +228,7 @@ def from_published(
         published,
         lambda: MaxFormer(
             channels=channels,
-            heads=heads or max(1, channels // 64),
+            heads=channels // 64 if heads is None else heads,
             **_sizes(published, "patch_embed1.embed1.embed_conv.weight"),
             over=over,
         ),
@@ -244,7 +244,7 @@ def ms_qkformer_from_published(
         published,
         lambda: MSQKFormer(
             channels=channels,
-            heads=heads or max(1, channels // 64),
+            heads=channels // 64 if heads is None else heads,
             depth=count_blocks(published, r"(.*)\.mlp\."),
             **_sizes(published, "patch_embed1.proj_conv.weight"),
             over=over,

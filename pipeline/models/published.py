@@ -84,12 +84,11 @@ def to_published(network: nn.Module) -> dict[str, Tensor]:
     Raises: ValueError for a network without published names.
     """
     names = _names_of(network)
-    require(
-        names is not None,
-        "to_published: the network must have the form of a published one; got"
-        f" {type(network).__name__} without published names",
-    )
-    assert names is not None
+    if names is None:
+        raise ValueError(
+            "to_published: the network must have the form of a published one; got"
+            f" {type(network).__name__} without published names"
+        )
     tensors = {names.name(name): tensor for name, tensor in network.state_dict().items()}
     return {
         name: tensor.squeeze(-1) if re.search(names.flat, name) else tensor

@@ -56,8 +56,8 @@ def pretrained(run: Path, recipe: Recipe) -> Pretrained:
 
 
 def load_weights(network: nn.Module, file: Path) -> nn.Module:
-    """Load all weights of a network from a file. Returns the network in evaluation mode. The
-    tensors may have the published names of the network's family.
+    """Load all weights of a network from a file. Returns the network in evaluation mode.
+    Tensors may have the network's published names.
 
     Raises:
         ValueError: the file cannot be read, or weights do not fit. The message names the first
@@ -114,8 +114,7 @@ def load_start(network: nn.Module, file: Path) -> tuple[str, ...]:
         decays        if they are learnt and the file has none
         scales        of 1-bit weights, if they are learnt and the file has none: computed anew
 
-    The tensors may have the published names of the network's family. Returns the keys that were
-    not loaded.
+    Tensors may have the network's published names. Returns the keys that were not loaded.
 
     Raises:
         ValueError: the file cannot be read, or keys do not match. The message names the first ones.
