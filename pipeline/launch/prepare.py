@@ -155,6 +155,7 @@ def read_job(folder: Path, *, trust: tuple[str, ...] = ()) -> Job:
     """
     file = RunFolder(folder).job
     fields = arguments_of(Job, read_json(file), subject=str(file), besides=NOT_SAVED)
+    fields["class_names"] = tuple(fields.get("class_names", ()))
     job = Job(**fields, run=str(folder.absolute()), trust=trust)
     refuse_unless_counts(str(file), {"threads": job.threads, "loader_threads": job.loader_threads})
     check_hang_minutes(str(file), job.hang_minutes)

@@ -329,7 +329,7 @@ def test_a_pickle_that_a_recipe_has_read_is_not_run(
     model = {"target": f"{where}.load_state_dict", "kwargs": given}
     said = f"{where}.load_state_dict is not in a trusted package; name its package with --trust"
     saved(said, model=model)
-    about = {"format": "spiketrain", "version": "1", "layout": "plain", "time_steps": "3"}
+    about = {"format": "spiketrain", "version": "2", "layout": "plain", "time_steps": "3"}
     told = {**about, "model": json.dumps(model)}
     save_file({}, tmp_path / "net.safetensors", {**told, "sha256": _digest(told, {})})
     for there in (tmp_path / "runs" / "it", tmp_path / "net.safetensors"):

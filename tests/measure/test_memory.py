@@ -235,8 +235,7 @@ def test_a_machine_is_known_again_however_many_cards_a_worker_saw(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "H100")
-    # on cores near to its card
-    of_worker = {**hardware(torch.device("cuda", 3)), "cores": 1, "threads": 9}
+    of_worker = {**hardware(torch.device("cuda", 3)), "threads": 9}
     assert hardware_differences(of_worker, own_cores=False) == []
     on_cores = hardware(torch.device("cpu"))
     differing = [("gpu", "H100", "none"), ("kernels", "triton", "numba")]
