@@ -44,8 +44,9 @@ from pipeline.cli.submit import (
     Where,
     submit_to_cluster,
 )
-from pipeline.cli.write import progress_bar
-from pipeline.recipe.recipe import Recipe
+from pipeline.cli.write import MaxUnreadable, progress_bar, report_written
+from pipeline.core.run_folder import RunFolder
+from pipeline.recipe.recipe import Recipe, read_json
 from pipeline.recipe.recipe_files import refuse_unnamed, trust_of
 from pipeline.recipe.search import join_suites, over_seeds, parse_search, with_tuning
 from pipeline.recipe.suite import Suite, command, is_suite, runs_of
@@ -155,6 +156,9 @@ LayerDecay = Annotated[
     number_option("--layer-decay", help="learning rate of a layer over that of the next"),
 ]
 LearningRate = Annotated[float, number_option("--lr", help="highest learning rate, of AdamW")]
+BatchSize = Annotated[
+    int | None, typer.Option("--batch-size", min=1, help="default: 32, or all pictures if fewer")
+]
 PictureSize = Annotated[
     int | None, typer.Option("--size", min=1, help="pixels a side; default: as before")
 ]
@@ -209,7 +213,11 @@ def launch(
         from pipeline.launch.prepare import folder_named
 
         folder_named(runs, name)  # raises if the name is not valid
-    changes = changes if init is None else [*changes, f"init={init!r}"]
+    if init is not None:
+        from pipeline.report.selection import find_run
+
+        start = Path(init) if Path(init).exists() else find_run(runs, init)
+        changes = [*changes, f"init={str(start)!r}"]
     workload = _combine([load_changed(recipe, changes, tiny) for recipe in recipes], seeds, tune)
     resources = _make_cluster(context.params, workload)
     refuse_unnamed(workload, recipes)
@@ -298,12 +306,13 @@ def finetune(
     pictures: Pictures,
     data: FfcvFolder = None,
     val: ValShare = None,
+    max_unreadable: MaxUnreadable = 0.0,
     rule: TrainedBy = None,
     trains: Trains = "all",
     layer_decay: LayerDecay = None,
     lr: LearningRate = 1e-3,
     epochs: Annotated[int, typer.Option("--epochs", min=1)] = 10,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 32,
+    batch_size: BatchSize = None,
     size: PictureSize = None,
     workers: Sizes = "1",
     inline: Inline = False,
@@ -321,13 +330,15 @@ def finetune(
     _handle_signals()
     from pipeline.launch.cluster import Cluster, parse_workers
     from pipeline.launch.driver import launch_run
-    from pipeline.launch.finetune import finetuning, read_start, write_mistakes
+    from pipeline.launch.finetune import finetuning, read_start
     from pipeline.report.selection import find_run
 
     start = read_start(
         Path(weights) if Path(weights).is_file() else find_run(runs, weights), trust=tuple(trust)
     )
-    folder = _in_ffcv_files(pictures, data or Path("data") / pictures.resolve().name, val)
+    folder = _in_ffcv_files(
+        pictures, data or Path("data") / pictures.resolve().name, val, max_unreadable
+    )
     recipe, reason = finetuning(
         start,
         folder.resolve(),
@@ -345,10 +356,10 @@ def finetune(
     cluster = Cluster(workers=parse_workers(workers), inline=inline, device=device or "auto")
     recipe = recipe.override(parse_changes(changes))
     run = launch_run(recipe, cluster, runs, name=name, trust=tuple(trust))
-    _end_finetuning(run, write_mistakes(run, folder))
+    _end_run(run)
 
 
-def _in_ffcv_files(pictures: Path, folder: Path, val: float | None) -> Path:
+def _in_ffcv_files(pictures: Path, folder: Path, val: float | None, max_unreadable: float) -> Path:
     """The folder of the FFCV files, which are written unless they exist."""
     from pipeline.data.write.images import write_folder
 
@@ -357,16 +368,26 @@ def _in_ffcv_files(pictures: Path, folder: Path, val: float | None) -> Path:
     with progress_bar(pictures.name) as bar:
         if val is None and not (pictures / "train").is_dir():
             val = 0.1
-        write_folder(pictures, folder, val=val, progress=bar, existing="keep")
+        written = write_folder(
+            pictures,
+            folder,
+            val=val,
+            max_unreadable=max_unreadable,
+            progress=bar,
+            existing="keep",
+        )
+    report_written(written)
     return folder
 
 
-def _end_finetuning(run: Path, found: dict[str, Any]) -> None:
+def _end_finetuning(run: Path) -> None:
     """Print how often the most frequent wrong answers were given, and write the page."""
+    from pipeline.launch.finetune import write_mistakes
     from pipeline.report.page import write
     from pipeline.report.suite import read_study
     from pipeline.track.mlflow import REPORT
 
+    found = write_mistakes(run)
     names, confusion = found["class_names"], found["confusion"]
     wrong = [
         (count, target, answer)
@@ -376,7 +397,6 @@ def _end_finetuning(run: Path, found: dict[str, Any]) -> None:
     ]
     for count, target, answer in sorted(wrong, reverse=True)[:5]:
         print(f"mistook {names[target]} for {names[answer]}: {count} of {sum(confusion[target])}")
-    _end_run(run)
     print(f"page    {write(read_study(run.parent, [run.name]).study, run / REPORT)}")
 
 
@@ -457,6 +477,8 @@ def _end_run(folder: Path) -> None:
     from pipeline.report.compare import print_comparison
 
     print_comparison(folder.parent, folders=[folder])
+    if read_json(RunFolder(folder).recipe)["recipe"].get("family") == "finetune":
+        _end_finetuning(folder)
     _print_next(folder, run=folder)
 
 

@@ -85,7 +85,7 @@ def write_fashion(
 
     with progress_bar("fashion") as bar:
         written = write_files(out, workers=workers, source=source, progress=bar, existing=existing)
-    _report(written)
+    report_written(written)
 
 
 @write.command(
@@ -146,7 +146,7 @@ def write_folder(
             progress=bar,
             existing=existing,
         )
-    _report(written)
+    report_written(written)
 
 
 @write.command("events", epilog="Example: spiketrain write events moving --out data/moving")
@@ -207,7 +207,7 @@ def write_events(
             existing=existing,
             **{key: value for key, value in options.items() if value is not None},
         )
-    _report(written)
+    report_written(written)
 
 
 @write.command(
@@ -273,7 +273,7 @@ def write_stamps(
             progress=bar,
             existing=existing,
         )
-    _report(written)
+    report_written(written)
 
 
 @commands.command(epilog="Example: spiketrain verify data/fashion")
@@ -316,7 +316,7 @@ def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
         raise
 
 
-def _report(manifests: list["Manifest"]) -> None:
+def report_written(manifests: list["Manifest"]) -> None:
     for manifest in manifests:
         print(f"{manifest.file}: {_size(manifest)}, {len(manifest.skipped)} skipped", flush=True)
         _list_entries("skipped", manifest.skipped)

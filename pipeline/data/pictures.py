@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline.core.checks import require
 from pipeline.core.units import counted
-from pipeline.data.base import Loader
+from pipeline.data.base import DataError, Loader
 from pipeline.recipe.json import decode, encode
 from pipeline.recipe.spec import Spec
 
@@ -65,9 +65,10 @@ class Transform:
         Raises: ValueError if no file can be read.
         """
         from pipeline.data.write.images import FileEncoding, Item
-        from pipeline.data.write.writer import Source, write_sets
+        from pipeline.data.write.writer import Source, TooManyUnreadable, write_sets
 
-        # Scenes of stamps have further options, and sets that were no files have no `exif`.
+        # A manifest of stamps also has options of scenes, which no file of a picture needs. Only
+        # sets that were written from files have the option `exif`.
         known = {each.name for each in fields(FileEncoding) if each.init} & self.options.keys()
         options: dict[str, Any] = {"exif": "apply"} | {key: self.options[key] for key in known}
         encoding = FileEncoding(**options)
@@ -77,7 +78,14 @@ class Transform:
         items = [Item(number, Path(file), 0) for number, file in enumerate(files)]
         with tempfile.TemporaryDirectory(prefix="spiketrain-") as folder:
             source = Source("val", classes, items, "pictures")
-            manifest = write_sets([source], Path(folder), encoding, max_unreadable=1.0)[0]
+            try:
+                [manifest] = write_sets([source], Path(folder), encoding, max_unreadable=1.0)
+            except TooManyUnreadable as error:
+                first = error.unreadable[0]
+                raise DataError(
+                    f"pictures: none of {counted(len(items), 'file')} can be read, such as"
+                    f" {first['image']}: {first['reason']}"
+                ) from error
             data = self.data.with_(folder=folder, held_out=0.0).build()
             with closing(data.val(rank=0, world=1, micro_batch=micro_batch, threads=1)) as loader:
                 yield loader, {each["image"]: each["reason"] for each in manifest.skipped}

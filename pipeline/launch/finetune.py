@@ -26,6 +26,7 @@ from pipeline.data.ffcv.format import JPG, read_tables
 from pipeline.models.transforms import frozen
 from pipeline.recipe.recipe import Evaluation, Recipe, Spec, spec
 from pipeline.rules import bptt, ottt, sltt
+from pipeline.rules.base import OverTime
 from pipeline.train.evaluation import read_predictions
 from pipeline.train.export import is_export, read_export
 from pipeline.train.objective import CrossEntropy
@@ -37,6 +38,7 @@ RULES: dict[str, Spec] = {
     "ottt": spec(ottt.OTTT),
     "bptt": spec(bptt.BPTT),
 }
+FAMILY = "finetune"  # of the recipes, by which a resume knows a fine-tuning
 MISTAKES = 16  # pictures of a report
 THUMBNAIL = 160  # pixels of the longer side
 
@@ -49,6 +51,7 @@ class Start:
     model: Spec
     time_steps: int
     data: Spec | None  # a `Beton`; None: it was trained on other data
+    over_time: OverTime = "steps"
 
 
 def read_start(weights: Path, *, trust: tuple[str, ...] = ()) -> Start:
@@ -58,12 +61,17 @@ def read_start(weights: Path, *, trust: tuple[str, ...] = ()) -> Start:
     """
     if weights.is_dir():
         recipe = Recipe.read(RunFolder(weights).recipe, trust=trust)
-        return Start(weights, recipe.model, recipe.time_steps, recipe.data)
+        # A head alone may have been trained. The next training chooses anew.
+        is_frozen = recipe.model.target is frozen
+        model = recipe.model.kwargs["network"] if is_frozen else recipe.model
+        return Start(weights, model, recipe.time_steps, recipe.data, recipe.over_time)
     require(
         weights.is_file() and is_export(weights),
-        f"finetune: WEIGHTS must be a run or a file of spiketrain export; got {weights}",
+        f"finetune: WEIGHTS must be a run or a file of spiketrain export; got {weights}. A recipe"
+        " starts from published weights with `spiketrain launch RECIPE --init FILE`",
     )
     model, pretrained = read_export(weights, trust=trust)
+    model = model.kwargs["network"] if model.target is frozen else model
     transform = pretrained.transform
     return Start(weights, model, pretrained.time_steps, transform and transform.data)
 
@@ -77,7 +85,7 @@ def finetuning(
     layer_decay: float | None = None,
     lr: float = 1e-3,
     epochs: int = 10,
-    batch_size: int = 32,
+    batch_size: int | None = None,
     size: int | None = None,
     name: str = "finetune",
 ) -> tuple[Recipe, str]:
@@ -87,6 +95,7 @@ def finetuning(
         rule: None: SLTT, or BPTT if SLTT cannot train the network.
         trains: "head" keeps all weights but those of the `classifier`.
         layer_decay: each layer's learning rate is that of the next layer, times this factor.
+        batch_size: None: 32, or all samples if there are fewer.
         size: pixels a side; None: those of the earlier data.
 
     Returns the recipe, and the reason if the rule is not the usual one, or "".
@@ -97,7 +106,7 @@ def finetuning(
     model = _with_classes(start.model, data.kwargs["classes"])
     recipe = Recipe(
         name=name,
-        family=name,
+        family=FAMILY,
         model=model if trains == "all" else spec(frozen, network=model),
         rule=RULES[rule or "sltt"],
         data=data,
@@ -107,7 +116,8 @@ def finetuning(
         ),
         schedule=spec(cosine, warmup=0.1),
         time_steps=start.time_steps,
-        batch_size=batch_size,
+        batch_size=batch_size or min(32, manifests.read(folder / "train.beton").samples),
+        over_time=start.over_time,
         epochs=epochs,
         init=str(start.weights),
         evaluation=Evaluation(every=0),
@@ -115,8 +125,9 @@ def finetuning(
     if rule is not None:
         return recipe, ""
     try:
-        RULES["sltt"].build().attach(model.build())
+        RULES["sltt"].build().attach(model.build(), over_time=start.over_time)
     except ValueError as error:
+        RULES["bptt"].build().attach(model.build(), over_time=start.over_time)
         return replace(recipe, rule=RULES["bptt"]), f"trained by BPTT, because {error}"
     return recipe, ""
 
@@ -136,6 +147,7 @@ def _data(start: Start, folder: Path, size: int | None) -> Spec:
         classes=len(manifests.read(folder / "train.beton").classes),
         channels=channels,
         size=size or earlier["size"],
+        **{key: earlier[key] for key in ("flip", "resize") & earlier.keys()},
         mean=earlier.get("mean", mean),
         std=earlier.get("std", std),
     )
@@ -164,18 +176,16 @@ def _takes_classes(part: Spec) -> bool:
     ) or any(_takes_classes(value) for value in part.kwargs.values() if isinstance(value, Spec))
 
 
-def write_mistakes(run: Path, folder: Path) -> dict[str, Any]:
+def write_mistakes(run: Path) -> dict[str, Any]:
     """Write the confusion of a finished run and its worst mistakes to the run's folder.
 
     A mistake is worse if the network gave its wrong answer a higher probability.
 
-    Args:
-        folder: of the run's data.
-
     Returns the content of the file.
     """
     found = read_predictions(RunFolder(run).predictions)
-    path = folder / "val.beton"
+    data: Any = Recipe.read(RunFolder(run).recipe).data.build()
+    path = data.folder / f"{data.stored_part('val')}.beton"
     names = manifests.read(path).classes
     confusion = np.zeros((len(names), len(names)), np.int64)
     np.add.at(confusion, (found.target, found.answer), 1)

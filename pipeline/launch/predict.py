@@ -14,7 +14,7 @@ from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
 from pipeline.core.torch_settings import computing
 from pipeline.data.pictures import BATCH, Pretrained
-from pipeline.data.write.images import IMAGE_SUFFIXES
+from pipeline.data.write.images import files_in
 from pipeline.measure.energy import EnergyCounter, describe_inference, joules_per_sample
 from pipeline.measure.memory import device_here
 from pipeline.recipe.recipe import Recipe
@@ -149,7 +149,7 @@ def predict(
     Raises: ValueError if the network cannot be loaded or was not trained on pictures in files, or
     no picture can be read.
     """
-    files = _files(pictures)
+    files, left_out = _files(pictures)
     network: Any = load(run, which=which, trust=trust)
     trained: Pretrained = network.pretrained
     if trained.transform is None:
@@ -178,7 +178,7 @@ def predict(
     classes = trained.transform.data.kwargs["classes"]
     return Answers(
         [file for file in files if str(file) not in unreadable],
-        unreadable,
+        left_out | unreadable,
         trained.class_names or tuple(str(each) for each in range(classes)),
         trained.time_steps,
         output,
@@ -186,19 +186,16 @@ def predict(
     )
 
 
-def _files(pictures: Iterable[Path]) -> list[Path]:
-    files = list[Path]()
+def _files(pictures: Iterable[Path]) -> tuple[list[Path], dict[str, str]]:
+    """The pictures, and the reasons of the other files in folders."""
+    files, left_out = list[Path](), dict[str, str]()
     for each in pictures:
         require(each.exists(), f"predict: {each} must be a picture or a folder; it does not exist")
-        inside = sorted(each.rglob("*")) if each.is_dir() else [each]
-        found = [
-            file
-            for file in inside
-            if file == each or (file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES)
-        ]
-        require(
-            found,
-            f"predict: {each} must hold pictures ({' '.join(sorted(IMAGE_SUFFIXES))}); it has none",
-        )
-        files += found
-    return files
+        before = len(files)
+        for file, reason in files_in(each) if each.is_dir() else [(each, "")]:
+            if reason:
+                left_out[str(file)] = reason
+            else:
+                files.append(file)
+        require(len(files) > before, f"predict: {each} must hold pictures; it has none")
+    return files, left_out

@@ -21,6 +21,7 @@ from torch.export import Dim, ExportedProgram, export
 from torch.utils._pytree import tree_map
 
 from pipeline.core.checks import require
+from pipeline.spiking.equilibrium import Equilibrium
 from pipeline.spiking.neuron import named_neurons
 from pipeline.spiking.state import State, fresh_state, states_of
 
@@ -38,10 +39,14 @@ def to_program(
             (x_B, states) -> (logits_BK, states). The states are the membranes v by name of the
             neuron, and 0 before the first step.
 
-    Raises: ValueError for a network in training mode, or for one time step of a network that
-    remembers more than membranes.
+    Raises: ValueError for a network in training mode or with an `Equilibrium`, or for one time step
+    of a network that remembers more than membranes.
     """
     require(not network.training, "to_program: the network must be in evaluation mode")
+    require(
+        not any(isinstance(module, Equilibrium) for module in network.modules()),
+        "to_program: a network with an Equilibrium stops by its values, so no program can be made",
+    )
     x_TB = torch.zeros(steps or 1, 2, *shape, dtype=next(network.parameters()).dtype)
     program, inputs = _Program(network, {}), (x_TB,)
     if steps is None:

@@ -163,14 +163,11 @@ def with_placeholder_weights(suite: Suite) -> Iterator[tuple[Recipe, ...]]:
 
 
 def build_optimizer(recipe: Recipe, network: nn.Module, rule: Rule) -> torch.optim.Optimizer:
-    if recipe.optimizer.kwargs.get("layer_decay") is not None:
-        require(
-            hasattr(network, "group_matcher") or hasattr(network, "classifier"),
-            "optimizer: layer_decay needs a network with a module `classifier` or a group_matcher"
-            f" of timm; {type(network).__name__} has none",
-        )
-        # where timm looks for the head; it groups the other parameters by their order
-        network.pretrained_cfg = {"classifier": "classifier"}  # type: ignore[assignment]
+    # timm asks the network for the layer of each parameter, for `layer_decay`.
+    has_own_layers = hasattr(network, "group_matcher")
+    if not has_own_layers:
+        layers = _layer_numbers(network)
+        vars(network)["group_matcher"] = lambda coarse: layers.__getitem__
     try:
         optimizer = build_part(
             "optimizer",
@@ -181,6 +178,9 @@ def build_optimizer(recipe: Recipe, network: nn.Module, rule: Rule) -> torch.opt
         )
     except (TypeError, AssertionError, RuntimeError) as error:  # timm's errors for a wrong argument
         raise ValueError(f"{recipe.optimizer.label}: {error}") from error
+    finally:
+        if not has_own_layers:
+            del vars(network)["group_matcher"]
     exclude_from_decay(optimizer, latent_parameters(network))
     rule.check_optimizer(optimizer)
     decay = max(group.get("weight_decay", 0.0) for group in optimizer.param_groups)
@@ -190,6 +190,18 @@ def build_optimizer(recipe: Recipe, network: nn.Module, rule: Rule) -> torch.opt
         f" other phases; got {decay}",
     )
     return optimizer
+
+
+def _layer_numbers(network: nn.Module) -> dict[str, int]:
+    """The number of the layer of each parameter. A layer begins at each matrix of weights, and its
+    norms and neurons belong to it.
+    """
+    numbers, layer = {}, 0
+    for module_name, module in network.named_modules():
+        own = dict(module.named_parameters(prefix=module_name, recurse=False))
+        layer += any(parameter.dim() > 1 for parameter in own.values())
+        numbers |= dict.fromkeys(own, layer)
+    return numbers
 
 
 def exclude_from_decay(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:

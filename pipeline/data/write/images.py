@@ -55,7 +55,7 @@ IMAGE_SUFFIXES = {
     *(".ppm", ".tga", ".tif", ".tiff", ".webp"),
 }
 # Pillow 13.0 raises these for damaged files and for files that are no images.
-PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+PILLOW_ERRORS = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,13 @@ def _encode_picture(picture: Image.Image, encoding: Encoding, as_jpg: bool) -> E
 def _ffcv_decodes(content: bytes, height: int, width: int) -> bool:
     """Whether the decoder of training runs accepts this JPEG without an error or a warning.
 
-    A run stops at both. Where FFCV is not installed, Pillow decodes in runs, and raises here.
+    A run stops at both. Where FFCV is not installed, Pillow decodes in runs, and raises here. FFCV
+    refuses CMYK, so such a file would stop a run on another machine.
     """
     if installed_version("ffcv") == NOT_INSTALLED:
-        Image.open(io.BytesIO(content)).load()
-        return True
+        picture = Image.open(io.BytesIO(content))
+        picture.load()
+        return picture.mode in ("RGB", "L")
     pixels = np.empty((height, width, 3), np.uint8)
     memory = pixels.ctypes.data_as(ctypes.c_void_p)
     whole_image = (height, width, 0, 0, 1, 1, False, False)
@@ -335,7 +337,7 @@ def folder_sets(source: Path, val: float | None = None) -> list[Source]:
     parts = ("train", "val")
     if val is not None:
         require_data(
-            0 < val < 1 and not all((source / part).is_dir() for part in parts),
+            0 < val < 1 and not any((source / part).is_dir() for part in parts),
             "write_folder: val must be a share in 0..1, both excluded, of class folders; it has no"
             f" effect on the folders train and val; got {val} of {source}",
         )
@@ -409,7 +411,7 @@ def _read_classes(folder: Path, name: str) -> Source:
     items: list[Item] = []
     for label, class_name in enumerate(classes):
         before = len(items)
-        for path, reason in _class_files(folder / class_name):
+        for path, reason in files_in(folder / class_name):
             if reason:
                 left_out.append({"image": str(path), "reason": reason})
             else:
@@ -421,14 +423,14 @@ def _read_classes(folder: Path, name: str) -> Source:
     return Source(name, classes, items, str(folder.absolute()), left_out)
 
 
-def _class_files(folder: Path) -> Iterator[tuple[Path, str]]:
+def files_in(folder: Path) -> Iterator[tuple[Path, str]]:
     """The files of a folder and its subfolders, each with the reason to leave it out, or ""."""
     for entry in sorted(os.scandir(folder), key=attrgetter("name")):
         path = Path(entry.path)
         if entry.name.startswith("."):
             yield path, "hidden"
         elif entry.is_dir(follow_symlinks=False):
-            yield from _class_files(path)
+            yield from files_in(path)
         elif not entry.is_file():  # links to folders may form a ring
             yield path, "a link to a folder" if entry.is_dir() else "no file"
         elif path.suffix.lower() not in IMAGE_SUFFIXES and not _is_picture(path):
