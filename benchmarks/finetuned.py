@@ -1,8 +1,8 @@
 """What an earlier training is worth on other pictures: a network that was trained on 8 classes of
 stamps is fine-tuned on the other 5, beside the same network from scratch in as many epochs.
 
-Command:  python -m benchmarks.finetuned --split 0 --seeds 5 [--size 64] [--epochs 10] [--scratch-epochs N]
-          [--rates 0.004 0.004 0.004] [--trains all|head] [--layer-decay 0.5]
+Command:  python -m benchmarks.finetuned --split 0 --seeds 5 [--size 64] [--epochs 10]
+          [--scratch-epochs N] [--rates 0.004 0.004 0.004] [--trains all|head] [--layer-decay 0.5]
           [--least-area 0.08] [--processes 2] [--folder data/finetuned]
 Result:   not run yet
 
