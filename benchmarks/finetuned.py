@@ -1,8 +1,9 @@
 """What an earlier training is worth on other pictures: a network that was trained on 8 classes of
 stamps is fine-tuned on the other 5, beside the same network from scratch in as many epochs.
 
-Command:  python -m benchmarks.finetuned --split 0 --seeds 5 [--size 96] [--epochs 6]
-          [--rates 0.004 0.004 0.004] [--processes 2] [--folder data/finetuned]
+Command:  python -m benchmarks.finetuned --split 0 --seeds 5 [--size 64] [--epochs 10]
+          [--scratch-epochs N] [--rates 0.004 0.004 0.004] [--trains all|head] [--layer-decay 0.5]
+          [--least-area 0.08] [--processes 2] [--folder data/finetuned]
 Result:   not run yet
 
 Objects and backgrounds of the evaluation pictures are in neither training set. The pictures lie in
@@ -48,9 +49,13 @@ EARLIER = 8  # classes, the first ones in the order of their names
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    for name, value in (("split", 3), ("seeds", 5), ("size", 96), ("epochs", 6), ("processes", 2)):
+    for name, value in (("split", 3), ("seeds", 5), ("size", 64), ("epochs", 10), ("processes", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--first-epochs", type=int, default=12)
+    parser.add_argument("--first-epochs", type=int, default=20)
+    parser.add_argument("--scratch-epochs", type=int)
+    parser.add_argument("--trains", choices=("all", "head"), default="all")
+    parser.add_argument("--layer-decay", type=float)
+    parser.add_argument("--least-area", type=float, default=0.08)
     parser.add_argument("--rates", type=float, nargs=3, default=[4e-3, 4e-3, 4e-3])
     parser.add_argument("--folder", type=Path, default=Path("data/finetuned"))
     chosen = parser.parse_args()
@@ -97,7 +102,14 @@ def pair(seed: int, *, folder: Path, chosen: Any) -> list[dict[str, Any]]:
     """The summaries of the fine-tuned network and of the one from scratch."""
     earlier_rate, later_rate, scratch_rate = chosen.rates
     base = qkformer()
-    data = spec(Beton, folder=str(folder / "earlier-ffcv"), classes=EARLIER, size=chosen.size)
+    area = (chosen.least_area, 1.0)
+    data = spec(
+        Beton,
+        folder=str(folder / "earlier-ffcv"),
+        classes=EARLIER,
+        size=chosen.size,
+        area=area,
+    )
     first = replace(
         base,
         name="earlier",
@@ -108,19 +120,27 @@ def pair(seed: int, *, folder: Path, chosen: Any) -> list[dict[str, Any]]:
         epochs=chosen.first_epochs,
         seed=seed,
     )
-    start = read_start(train(first, folder, f"earlier-{earlier_rate:g}-{seed}"))
+    settings = f"{chosen.least_area:g}-{chosen.first_epochs}"
+    start = read_start(train(first, folder, f"earlier-{settings}-{earlier_rate:g}-{seed}"))
     tuned, _ = finetuning(
         start,
         folder / "later-ffcv",
         lr=later_rate,
+        trains=chosen.trains,
+        layer_decay=chosen.layer_decay,
         epochs=chosen.epochs,
         batch_size=64,
     )
-    tuned = replace(tuned, seed=seed)
-    scratch = replace(tuned, init=None, optimizer=tuned.optimizer.with_(lr=scratch_rate))
+    tuned = replace(tuned, seed=seed, data=tuned.data.with_(area=area))
+    epochs = chosen.scratch_epochs or chosen.epochs
+    whole, _ = finetuning(
+        start, folder / "later-ffcv", lr=scratch_rate, epochs=epochs, batch_size=64
+    )
+    scratch = replace(whole, init=None, seed=seed, data=tuned.data)
+    way = f"{chosen.trains}-{chosen.layer_decay}-{earlier_rate:g}-{later_rate:g}"
     runs = [
-        train(tuned, folder, f"tuned-{earlier_rate:g}-{later_rate:g}-{seed}"),
-        train(scratch, folder, f"scratch-{scratch_rate:g}-{seed}"),
+        train(tuned, folder, f"tuned-{settings}-{chosen.epochs}-{way}-{seed}"),
+        train(scratch, folder, f"scratch-{settings}-{epochs}-{scratch_rate:g}-{seed}"),
     ]
     return [read_json(RunFolder(run).summary) for run in runs]
 
