@@ -26,6 +26,13 @@ from tests.helpers.small import finished, goes_on, small_recipe
         (learnt_chain, (1, 8, 8), spec(BPTT)),
         (sew, (3, 8, 8), spec(SLTT, k=1)),
         (spikformer, (3, 32, 32), spec(SLTT)),
+        # OTTT refuses the batch norm of the first two networks
+        *(
+            pytest.param(case.build, case.shape, rule, marks=pytest.mark.full)
+            for case in CASES
+            for rule in (spec(BPTT), spec(SLTT), spec(SLTT, k=1), spec(OTTT))
+            if rule.target is not OTTT or not case.has_batch_norm
+        ),
     ],
 )
 def test_it_trains_is_killed_and_goes_on(
