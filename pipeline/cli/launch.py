@@ -134,6 +134,12 @@ Pictures = Annotated[
     Path,
     typer.Argument(metavar="FOLDER", help="as for write folder, or with train.beton and val.beton"),
 ]
+ModelOf = Annotated[
+    Path | None,
+    typer.Option(
+        "--model", metavar="RECIPE", help="the network of published weights; not for runs, exports"
+    ),
+]
 FfcvFolder = Annotated[
     Path | None,
     typer.Option(
@@ -304,6 +310,7 @@ def _resume_if_exists(
 def finetune(
     weights: Weights,
     pictures: Pictures,
+    model: ModelOf = None,
     data: FfcvFolder = None,
     val: ValShare = None,
     max_unreadable: MaxUnreadable = 0.0,
@@ -333,9 +340,11 @@ def finetune(
     from pipeline.launch.finetune import finetuning, read_start
     from pipeline.report.selection import find_run
 
-    start = read_start(
-        Path(weights) if Path(weights).is_file() else find_run(runs, weights), trust=tuple(trust)
-    )
+    source = Path(weights) if Path(weights).is_file() else find_run(runs, weights)
+    of = None if model is None else load_changed(model, [], tiny=False)
+    if isinstance(of, Suite):
+        raise ValueError(f"finetune: --model must be a file with one recipe; got {model}")
+    start = read_start(source, of, trust=tuple(trust))
     folder = _in_ffcv_files(
         pictures, data or Path("data") / pictures.resolve().name, val, max_unreadable
     )

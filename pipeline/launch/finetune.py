@@ -54,21 +54,30 @@ class Start:
     over_time: OverTime = "steps"
 
 
-def read_start(weights: Path, *, trust: tuple[str, ...] = ()) -> Start:
-    """The network of a run's folder or of an export.
+def read_start(
+    weights: Path, recipe: Recipe | None = None, *, trust: tuple[str, ...] = ()
+) -> Start:
+    """The network of a run's folder, of an export, or with a recipe of any file of weights.
 
-    Raises: ValueError if it is neither, or its code is not trusted.
+    `recipe`: of the network that the weights belong to, which may have published names.
+
+    Raises: ValueError if the weights need a recipe, or the network's code is not trusted.
     """
-    if weights.is_dir():
-        recipe = Recipe.read(RunFolder(weights).recipe, trust=trust)
+    has_recipe = weights.is_dir() or is_export(weights)
+    require(
+        recipe is None or not has_recipe,
+        f"finetune: --model must be left out with a run or an export; got it with {weights}",
+    )
+    if weights.is_dir() or recipe is not None:
+        recipe = recipe or Recipe.read(RunFolder(weights).recipe, trust=trust)
         # A head alone may have been trained. The next training chooses anew.
         is_frozen = recipe.model.target is frozen
         model = recipe.model.kwargs["network"] if is_frozen else recipe.model
         return Start(weights, model, recipe.time_steps, recipe.data, recipe.over_time)
     require(
-        weights.is_file() and is_export(weights),
-        f"finetune: WEIGHTS must be a run or a file of spiketrain export; got {weights}. A recipe"
-        " starts from published weights with `spiketrain launch RECIPE --init FILE`",
+        has_recipe,
+        "finetune: WEIGHTS must be a run or a file of spiketrain export, or published weights with"
+        f" --model RECIPE, the recipe of their network; got {weights}",
     )
     model, pretrained = read_export(weights, trust=trust)
     model = model.kwargs["network"] if model.target is frozen else model

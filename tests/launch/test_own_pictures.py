@@ -22,6 +22,8 @@ from pipeline.launch.cluster import Cluster
 from pipeline.launch.driver import launch_run
 from pipeline.launch.finetune import finetuning, read_start, write_mistakes
 from pipeline.models.ms_resnet import MSResNet
+from pipeline.models.published import to_published
+from pipeline.models.qkformer import QKFormer
 from pipeline.models.vgg import vgg_sws
 from pipeline.recipe.recipe import Recipe, spec
 from pipeline.report.page import render
@@ -30,6 +32,7 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train.build import build_optimizer
 from pipeline.train.evaluation import read_predictions
+from pipeline.train.weights import load_start
 from tests.helpers.small import Done, Refused, small_recipe, train_inline
 
 SIZE = 16
@@ -258,13 +261,36 @@ def test_a_network_that_sltt_cannot_train_is_trained_by_bptt(place: Path) -> Non
     assert made.rule == spec(BPTT) and "trained by BPTT, because" in reason
 
 
+def test_published_weights_start_with_the_recipe_of_their_network(
+    place: Path, tmp_path: Path
+) -> None:
+    of = replace(
+        recipe(place / "pictures-ffcv"),
+        model=spec(QKFormer, channels=32, depth=4, heads=1, classes=3, over="step"),
+    )
+    network = of.model.build()
+    torch.save(to_published(network), tmp_path / "published.pth")
+    start = read_start(tmp_path / "published.pth", of)
+    made, _ = finetuning(start, place / "two-ffcv", batch_size=8, epochs=1)
+    tuned = made.model.build()
+    assert made.init is not None
+    fresh = load_start(tuned, Path(made.init))
+    assert fresh == ("classifier.weight", "classifier.bias")
+    assert made.data.kwargs["size"] == SIZE and made.time_steps == 3
+    with pytest.raises(ValueError, match="--model must be left out with a run"):
+        read_start(place / "runs" / "first", of)
+    ours = network.state_dict()
+    kept = [key for key in ours if not key.startswith("classifier.")]
+    assert all(torch.equal(tuned.state_dict()[key], ours[key]) for key in kept)
+
+
 def test_what_cannot_be_fine_tuned_is_refused_in_one_line(
     place: Path, tmp_path: Path, refused: Refused
 ) -> None:
     assert "no run" in refused("finetune", tmp_path / "absent", place / "two-ffcv")
     (tmp_path / "weights.pth").write_bytes(b"")
     said = refused("finetune", tmp_path / "weights.pth", place / "two-ffcv")
-    assert "must be a run or a file of spiketrain export" in said
+    assert "or published weights with --model RECIPE" in said
     start = read_start(place / "runs" / "first")
     with pytest.raises(ValueError, match="must have an argument `classes`"):
         finetuning(replace(start, model=spec(torch.nn.Identity)), place / "two-ffcv")
