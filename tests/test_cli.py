@@ -247,7 +247,7 @@ NUMBERS = [
 def test_a_number_that_is_none_or_without_end_is_refused_whatever_the_option(
     value: str, refused: Refused
 ) -> None:
-    assert len(NUMBERS) == 15
+    assert len(NUMBERS) == 16
     for words, option in NUMBERS:
         said = refused(
             *words, option, value, *(["x"] if words[0] not in ("compare", "report") else [])

@@ -177,16 +177,19 @@ def _verify_kept(files: Sequence[Path], sets: Sequence[Source], encode: Any) -> 
             " --existing replace",
         )
         samples = manifest.samples + len(manifest.skipped)
+        require_data(
+            (samples, manifest.source) == (len(source.items), source.origin),
+            f"write: {manifest.file} was written from {counted(samples, 'sample')} of"
+            f" {manifest.source}; got {len(source.items)} of {source.origin}; use --existing"
+            " replace",
+        )
         found = Counter(item.label for item in source.items)
         by_class = [found[label] for label in range(len(source.classes))]
         require_data(
-            (samples, manifest.source) == (len(source.items), source.origin)
-            and manifest.classes == source.classes
+            manifest.classes == source.classes
             and (manifest.skipped or manifest.histogram == by_class),
-            f"write: {manifest.file} was written from {counted(samples, 'sample')} of"
-            f" {manifest.source} in {counted(len(manifest.classes), 'class')}; got"
-            f" {len(source.items)} of {source.origin} in {len(source.classes)}, or other samples of"
-            " a class; use --existing replace",
+            f"write: {manifest.file} must have the classes of {source.origin}, with as many samples"
+            " of each; it has not; use --existing replace",
         )
     return kept
 
