@@ -13,8 +13,7 @@ PROCESSES := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBL
 IN_MEMORY = $(shell findmnt -fbno AVAIL,OPTIONS /dev/shm | awk '$$1 > 4e9 && !/noexec/ {print "PYTEST_DEBUG_TEMPROOT=/dev/shm"}')
 
 # Reading the other 300 files takes each process of the tests 15 s.
-# Those that start a cluster come first: as xdist orders files, by their number of tests, some of the longest come last.
-DISTRIBUTED = $(shell grep -rl --include=*.py pytest.mark.distributed tests/faults tests/launch tests)
+DISTRIBUTED = $(shell grep -rl --include=*.py pytest.mark.distributed tests)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup pictures browser tools demo check format test test-full test-gpu audit clean
@@ -51,7 +50,7 @@ format: setup ## rewrite what ruff can
 # Two at a time: most distributed tests wait for processes that start, and half of the cores would be idle.
 test: setup browser tools ## quick and distributed tests; installs chromium, shellcheck, docker-compose, promtool and kustomize
 	$(PROCESSES) $(IN_MEMORY) $(BIN)/pytest -m "not full and not distributed and not gpu" -n 2 --dist loadfile
-	$(PROCESSES) $(IN_MEMORY) $(BIN)/pytest -m "distributed and not full and not gpu" -n 2 --dist loadfile --no-loadscope-reorder $(DISTRIBUTED)
+	$(PROCESSES) $(IN_MEMORY) $(BIN)/pytest -m "distributed and not full and not gpu" -n 2 --dist loadfile $(DISTRIBUTED)
 
 test-full: setup tools ## the tests that take minutes, as root; installs PostgreSQL, Slurm's daemons and iproute2
 	@infra/setup.sh --servers

@@ -339,6 +339,9 @@ def test_a_worker_that_is_killed_takes_its_readers_along_and_no_bit_is_lost(
 ) -> None:
     """Two processes read for each of its workers; those of the untouched run read themselves."""
     lab = Lab(tmp_path / "lab")
+    # another test of this process may have imported another package of this name
+    monkeypatch.delitem(sys.modules, "told_lab", raising=False)
+    monkeypatch.syspath_prepend(lab.folder)
     with (lab.folder / "told_lab.py").open("a") as file:
         file.write(LAB)
     text = (lab.folder / "told.py").read_text()
