@@ -23,15 +23,9 @@ from torch import Tensor, nn
 from pipeline.core.checks import refuse_unless_counts, require
 from pipeline.models.attention import NEURON, ChannelMask, SpikingTransformer, block
 from pipeline.models.parts import StatisticsOver
-from pipeline.models.published import (
-    PublishedNames,
-    PublishedSize,
-    count_blocks,
-    load_published,
-    sizes,
-)
+from pipeline.models.published import PublishedNames, PublishedSize, load_published
 from pipeline.models.residual import BlockFactory, named_sequential
-from pipeline.models.spikformer import NAMES, stem
+from pipeline.models.spikformer import NAMES, published_sizes, stem
 
 # T time, B batch, C channels, H W pixels
 
@@ -97,17 +91,8 @@ def from_published(
 
     Raises: ValueError for missing or unknown tensors, or tensors of another shape.
     """
-    classes, channels = sizes(published, "head.weight", 2)
     return load_published(
-        published,
-        lambda: SpikeDrivenTransformer(
-            channels=channels,
-            depth=count_blocks(published, r"block\.(\d+)\."),
-            classes=classes,
-            in_channels=sizes(published, "patch_embed.proj_conv.weight", 4)[1],
-            expansion=sizes(published, "block.0.mlp.fc1_conv.weight", 4)[0] // channels,
-            over=over,
-        ),
+        published, lambda: SpikeDrivenTransformer(**published_sizes(published), over=over)
     )
 
 

@@ -18,6 +18,7 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -141,19 +142,21 @@ def from_published(
 
     Raises: ValueError for missing or unknown tensors, or tensors of another shape.
     """
-    classes, channels = sizes(published, "head.weight", 2)
     return load_published(
-        published,
-        lambda: Spikformer(
-            channels=channels,
-            depth=count_blocks(published, r"block\.(\d+)\."),
-            heads=heads,
-            classes=classes,
-            in_channels=sizes(published, "patch_embed.proj_conv.weight", 4)[1],
-            expansion=sizes(published, "block.0.mlp.fc1_conv.weight", 4)[0] // channels,
-            over=over,
-        ),
+        published, lambda: Spikformer(**published_sizes(published), heads=heads, over=over)
     )
+
+
+def published_sizes(published: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of a Spikformer, or of a SpikeDrivenTransformer, with `published` weights."""
+    classes, channels = sizes(published, "head.weight", 2)
+    return {
+        "channels": channels,
+        "depth": count_blocks(published, r"block\.(\d+)\."),
+        "classes": classes,
+        "in_channels": sizes(published, "patch_embed.proj_conv.weight", 4)[1],
+        "expansion": sizes(published, "block.0.mlp.fc1_conv.weight", 4)[0] // channels,
+    }
 
 
 # Top-1 as in the readme of github.com/zhouchenlin2096/Spikingformer.
