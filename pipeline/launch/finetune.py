@@ -68,21 +68,23 @@ def read_start(
         recipe is None or not has_recipe,
         f"finetune: --model must be left out with a run or an export; got it with {weights}",
     )
-    if weights.is_dir() or recipe is not None:
-        recipe = recipe or Recipe.read(RunFolder(weights).recipe, trust=trust)
-        # A head alone may have been trained. The next training chooses anew.
-        is_frozen = recipe.model.target is frozen
-        model = recipe.model.kwargs["network"] if is_frozen else recipe.model
-        return Start(weights, model, recipe.time_steps, recipe.data, recipe.over_time)
     require(
-        has_recipe,
+        recipe is not None or has_recipe,
         "finetune: WEIGHTS must be a run or a file of spiketrain export, or published weights with"
         f" --model RECIPE, the recipe of their network; got {weights}",
     )
-    model, pretrained = read_export(weights, trust=trust)
-    model = model.kwargs["network"] if model.target is frozen else model
-    transform = pretrained.transform
-    return Start(weights, model, pretrained.time_steps, transform and transform.data)
+    if weights.is_dir():
+        recipe = Recipe.read(RunFolder(weights).recipe, trust=trust)
+    if recipe is not None:
+        start = Start(weights, recipe.model, recipe.time_steps, recipe.data, recipe.over_time)
+    else:
+        model, pretrained = read_export(weights, trust=trust)
+        transform = pretrained.transform
+        start = Start(weights, model, pretrained.time_steps, transform and transform.data)
+    if start.model.target is not frozen:
+        return start
+    # A head alone was trained. The next training chooses anew.
+    return replace(start, model=start.model.kwargs["network"])
 
 
 def finetuning(
@@ -111,21 +113,26 @@ def finetuning(
 
     Raises: ValueError if the network or the options do not fit.
     """
-    data = _data(start, folder, size)
-    model = _with_classes(start.model, data.kwargs["classes"])
+    manifest = manifests.read(folder / "train.beton")
+    model = _with_classes(start.model, len(manifest.classes))
+    if model is None:
+        raise ValueError(
+            "finetune: the model must have an argument `classes` or `num_classes`;"
+            f" {start.model.label} has none"
+        )
     recipe = Recipe(
         name=name,
         family=FAMILY,
         model=model if trains == "all" else spec(frozen, network=model),
         rule=RULES[rule or "sltt"],
-        data=data,
+        data=_data(start, folder, len(manifest.classes), size),
         objective=spec(CrossEntropy, label_smoothing=0.1),
         optimizer=spec(
             create_optimizer_v2, opt="adamw", lr=lr, weight_decay=0.05, layer_decay=layer_decay
         ),
         schedule=spec(cosine, warmup=0.1),
         time_steps=start.time_steps,
-        batch_size=batch_size or min(32, manifests.read(folder / "train.beton").samples),
+        batch_size=batch_size or min(32, manifest.samples),
         over_time=start.over_time,
         epochs=epochs,
         init=str(start.weights),
@@ -141,7 +148,7 @@ def finetuning(
     return recipe, ""
 
 
-def _data(start: Start, folder: Path, size: int | None) -> Spec:
+def _data(start: Start, folder: Path, classes: int, size: int | None) -> Spec:
     """The pictures in `folder`, of the size and with the normalisation of the earlier ones."""
     earlier = start.data.kwargs if start.data is not None and start.data.target is Beton else {}
     require(
@@ -153,7 +160,7 @@ def _data(start: Start, folder: Path, size: int | None) -> Spec:
     return spec(
         Beton,
         folder=str(folder),
-        classes=len(manifests.read(folder / "train.beton").classes),
+        classes=classes,
         channels=channels,
         size=size or earlier["size"],
         **{key: earlier[key] for key in ("flip", "resize") & earlier.keys()},
@@ -162,27 +169,17 @@ def _data(start: Start, folder: Path, size: int | None) -> Spec:
     )
 
 
-def _with_classes(part: Spec, classes: int) -> Spec:
-    """The model with another number of classes, also in the networks inside it."""
-    inner = {
-        key: _with_classes(value, classes)
-        for key, value in part.kwargs.items()
-        if isinstance(value, Spec) and _takes_classes(value)
-    }
-    names = {"classes", "num_classes"} & inspect.signature(part.target).parameters.keys()
-    require(
-        names or inner,
-        f"finetune: the model must have an argument `classes` or `num_classes`; {part.label} has"
-        " none",
-    )
-    return part.with_(**inner, **dict.fromkeys(names, classes))
+def _with_classes(part: Spec, classes: int) -> Spec | None:
+    """The model with another number of classes, also in the networks inside it.
 
-
-def _takes_classes(part: Spec) -> bool:
-    """Whether the part, or a part inside it, has an argument for the number of classes."""
-    return bool(
-        {"classes", "num_classes"} & inspect.signature(part.target).parameters.keys()
-    ) or any(_takes_classes(value) for value in part.kwargs.values() if isinstance(value, Spec))
+    None: neither the part nor a part inside it has an argument for this number.
+    """
+    parameters = inspect.signature(part.target).parameters.keys()
+    changed: dict[str, Any] = dict.fromkeys({"classes", "num_classes"} & parameters, classes)
+    for key, value in part.kwargs.items():
+        if isinstance(value, Spec) and (inner := _with_classes(value, classes)) is not None:
+            changed[key] = inner
+    return part.with_(**changed) if changed else None
 
 
 def write_mistakes(run: Path) -> dict[str, Any]:

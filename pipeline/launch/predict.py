@@ -59,17 +59,21 @@ class Answers:
                 for file, top in self.rows()
             ],
             "unreadable": self.unreadable,
-            "layers": [
-                {
-                    "layer": layer.name,
-                    "neurons": layer.neurons,
-                    "firing_rate": layer.rate,
-                    "spikes": sum(layer.rates) * layer.neurons,
-                }
-                for layer in self.output.activity
-            ],
+            "layers": self._layers,
             "inference": self._inference,
         }
+
+    @property
+    def _layers(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "layer": layer.name,
+                "neurons": layer.neurons,
+                "firing_rate": layer.rate,
+                "spikes": sum(layer.rates) * layer.neurons,
+            }
+            for layer in self.output.activity
+        ]
 
     @property
     def _inference(self) -> dict[str, Any]:
@@ -123,7 +127,7 @@ class Answers:
                     f"{each['spikes']:,.0f}",
                     f"{each['firing_rate']:.4f}",
                 )
-                for each in self.to_json()["layers"]
+                for each in self._layers
             ],
             title=f"Spikes of each layer, T = {self.time_steps}, mean over the pictures",
         )
