@@ -483,10 +483,11 @@ def _handle_signals() -> None:
 
 
 def _end_run(folder: Path) -> None:
+    from pipeline.launch.finetune import FAMILY
     from pipeline.report.compare import print_comparison
 
     print_comparison(folder.parent, folders=[folder])
-    if read_json(RunFolder(folder).recipe)["recipe"].get("family") == "finetune":
+    if read_json(RunFolder(folder).recipe)["recipe"].get("family") == FAMILY:
         _end_finetuning(folder)
     _print_next(folder, run=folder)
 
