@@ -93,9 +93,7 @@ def write(folder: Path, split: int, size: int) -> None:
             name = "earlier" if label < EARLIER else "later"
             place = folder / name / part / names[label]
             place.mkdir(parents=True, exist_ok=True)
-            start = tables.addresses[number]
-            content = stored[start : start + tables.sizes[number]].tobytes()
-            (place / f"{number:05}.jpg").write_bytes(content)
+            (place / f"{number:05}.jpg").write_bytes(tables.payload(stored, number))
     for name in ("earlier", "later"):
         write_folder(folder / name, folder / f"{name}-ffcv", workers=2)
 

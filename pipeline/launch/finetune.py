@@ -200,9 +200,8 @@ def write_mistakes(run: Path) -> dict[str, Any]:
     tables, stored = read_tables(path), np.memmap(path, np.uint8, "r")
     mistakes = []
     for row in worst:
-        number = found.index[row]
-        record, start = tables.records[number], tables.addresses[number]
-        content = stored[start : start + tables.sizes[number]].tobytes()
+        number = int(found.index[row])
+        record, content = tables.records[number], tables.payload(stored, number)
         if record["mode"] == JPG:
             picture = Image.open(io.BytesIO(content))
         else:

@@ -185,6 +185,11 @@ class Tables:
     labels: np.ndarray[Any, Any]
     sizes: np.ndarray[Any, Any]  # in bytes
 
+    def payload(self, file: np.ndarray[Any, Any], number: int) -> bytes:
+        """The stored bytes of a sample. `file`: the bytes of the file."""
+        start = self.addresses[number]
+        return file[start : start + self.sizes[number]].tobytes()
+
 
 def read_tables(path: Path) -> Tables:
     """Read everything but the pages of a complete file from this writer or FFCV's.
