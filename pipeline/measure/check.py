@@ -51,6 +51,7 @@ from pipeline.rules.base import refuse_whole_sequence_modules
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.dropout import Dropout
 from pipeline.spiking.encode import is_static, repeat
+from pipeline.spiking.integer import IntegerNeuron
 from pipeline.spiking.neuron import LIF, PLIF, named_neurons
 from pipeline.spiking.norm import BatchNorm, is_foreign_norm
 from pipeline.spiking.rate import WeightedRates
@@ -462,7 +463,7 @@ def _slope_error(module: nn.Module, call: _Call) -> float | None:
             change_N = (change_N - _flat(alone.outputs())).detach()
             x.data.add_(direction)
             size = float(change_N.norm())
-            if size > 1e-4 * step * float(y_N.detach().norm()):  # else rounding is a large part of it
+            if size > 1e-4 * step * float(y_N.detach().norm()):  # else rounding is large
                 slope = float((_gradient(y_N, x, change_N) * direction).sum()) / size**2
                 errors.append(abs(2 * slope - 1))
         smallest = min(smallest, max(errors))
@@ -681,7 +682,7 @@ class _Check:
                 "note",
                 "its gradient is not checked, because it has a step function of its own; the others"
                 " are right",
-                ", ".join(given),
+                first_few(given, 3),
             )
         return "ok", "right: those of each module equal another derivative"
 
@@ -762,6 +763,8 @@ class _Check:
                 )
         if not _same(run.y_TB, run.y_TB[:1].expand_as(run.y_TB), SMALLEST):
             return "ok", "the answer changes with T; each layer of neurons carries state"
+        if any(isinstance(module, IntegerNeuron) for module in modules.values()):
+            return "note", "IntegerNeurons return numbers of spikes and keep no state"
         if not self.neurons:
             return "fault", "no module returns spikes, so T has no effect", _ROOT, "add neurons"
         return "note", "neurons carry state, but for a constant input no answer changes with T"

@@ -19,9 +19,9 @@ import pipeline
 from pipeline.core import printing
 from pipeline.models.convnet import convnet
 from pipeline.models.nf_resnet import NFResNet
-from pipeline.models.qkformer import QKFormer
 from pipeline.models.vgg import vgg_sws
 from pipeline.spiking.encode import repeat
+from pipeline.spiking.integer import IntegerNeuron
 from pipeline.spiking.neuron import LIF
 from pipeline.spiking.norm import BatchNorm
 from pipeline.spiking.state import State
@@ -371,13 +371,6 @@ def test_a_fault_is_found_at_its_module(name: str) -> None:
     assert faults(Net(**parts()), torch.rand(4, 6, 12)).get(question) == module
 
 
-def test_a_neuron_of_the_published_attention_is_found() -> None:
-    torch.manual_seed(0)
-    network = QKFormer(channels=32, depth=4, heads=2, classes=5, projection_neuron="over_samples")
-    found = faults(network, torch.randn(3, 3, 3, 32, 32))
-    assert found["batch"] == "stages.2.1.attention.branch.last"
-
-
 PRINTED = """\
 fault batch     neuron2.neuron
                 its output for sample 0 depends on the other samples
@@ -428,7 +421,10 @@ SOUND: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     ),
     "sew": (RESNETS["sew"], (3, 4, 3, 32, 32)),
     "ms": (RESNETS["ms"], (3, 4, 3, 32, 32)),
-    "qkformer": (partial(QKFormer, channels=32, depth=4, heads=2, classes=5), (3, 3, 3, 32, 32)),
+    "integer neurons": (
+        lambda: nn.Sequential(nn.Linear(12, 32), IntegerNeuron(), nn.Linear(32, 5)),
+        (4, 6, 12),
+    ),
 }
 
 
