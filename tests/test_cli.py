@@ -428,12 +428,13 @@ def test_a_run_that_was_moved_or_damaged(tmp_path: Path, refused: Refused, done:
 
 
 def test_show_needs_no_data_and_prints_what_will_be_used(done: Done) -> None:
-    out = done("show", "recipes/imagenet/nf_resnet34_sltt.py", "--workers", "8")
-    assert "21,797,688" in out
-    assert "256 = 8 workers x 32 samples x 1 accumulation step" in out
-    assert "756.723 MB saved for backward" in out and "4,099.81 GFLOP" in out
+    of_none = ("--workers", "8", "--set", "data.folder=nowhere")
+    out = done("show", "recipes/fashion/sltt.py", *of_none)
+    assert "94,698" in out
+    assert "128 = 8 workers x 16 samples x 1 accumulation step" in out
+    assert "1.24672 MB saved for backward" in out and "0.612147 GFLOP" in out
     settings = json.loads(out[out.index("{\n") :])
-    assert settings["train_batch_size"] == 256
+    assert settings["train_batch_size"] == 128
     assert settings["managed_gradient_accumulation"] is False
 
 

@@ -57,6 +57,7 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.full
 def test_in_a_copy_of_the_tree_they_pass_their_tests_and_the_contracts(tree: Path):
     tests = [
         *(name for name in FILES if name.startswith("tests/")),

@@ -45,6 +45,7 @@ def test_a_wrong_weight_ends_the_benchmark(
     assert float(capsys.readouterr().out.split()[-3]) > 1e-5  # not NaN
 
 
+@pytest.mark.full
 def test_its_tables_have_80_columns(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -64,6 +65,7 @@ def test_its_tables_have_80_columns(
     assert float(saved[3]) < float(saved[2]) < float(saved[1]) < float(saved[0])
 
 
+@pytest.mark.full
 def test_the_largest_batch_is_within_the_budget() -> None:
     of = partial(peer.batch, pixels=64, on=CPU)
     trained = peer.contestants(small_qkformer(), CPU)

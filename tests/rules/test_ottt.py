@@ -463,7 +463,7 @@ def ide_by_hand(
     return {"inputs.weight": g_BC.T @ x_BC, "lateral.weight": g_BC.T @ r, "readout.weight": e.T @ r}
 
 
-@pytest.mark.parametrize("steps", [6, 20])
+@pytest.mark.parametrize("steps", [pytest.param(6, marks=pytest.mark.full), 20])
 @pytest.mark.parametrize("decay", [0.5, 0.9])
 @pytest.mark.parametrize(
     ("build", "of_rates"), [(feed_forward, dsr_by_hand), (Recurrent, ide_by_hand)]

@@ -16,14 +16,14 @@ from pipeline.spiking.kernels import operators
 
 
 @pytest.mark.parametrize(
-    "part", [0, *(pytest.param(part, marks=pytest.mark.full) for part in range(1, 6))]
+    "part", [0, *(pytest.param(part, marks=pytest.mark.full) for part in range(1, 12))]
 )
 def test_in_the_interpreter_spikes_have_eagers_bits(part: int):
-    words = [sys.executable, "-m", "tests.helpers.triton_cases", str(part), "6"]
+    words = [sys.executable, "-m", "tests.helpers.triton_cases", str(part), "12"]
     ran = subprocess.run(
         words, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
-    assert ran.returncode == 0 and int(ran.stdout.split()[0]) > 100, ran.stderr[-2000:]
+    assert ran.returncode == 0 and int(ran.stdout.split()[0]) > 50, ran.stderr[-2000:]
 
 
 def test_compiled_for_an_h100_all_values_are_in_registers(tmp_path: Path):

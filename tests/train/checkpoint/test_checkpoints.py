@@ -96,11 +96,17 @@ def test_what_is_saved_comes_back_bit_for_bit(place: CheckpointStore) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "how"),
+    ("place", "name", "how"),
     [
-        *((name, "flipped") for name in sorted(FILES)),
-        *((name, how) for name in ("manifest.json", "rule.pt") for how in ("cut", "gone")),
+        *(("folder", name, "flipped") for name in sorted(FILES)),
+        *(
+            (place, name, how)
+            for place in ("folder", "memory", "s3")
+            for name in ("manifest.json", "rule.pt")
+            for how in ("cut", "gone")
+        ),
     ],
+    indirect=["place"],
 )
 def test_a_damaged_checkpoint_is_quarantined_by_name_and_the_one_before_is_used(
     place: CheckpointStore, name: str, how: str
