@@ -25,7 +25,13 @@ RULES = {"BPTT": spec(BPTT), "SLTT": spec(SLTT), "OTTT-A": spec(OTTT, readout="p
 TOLERANCE = 0.02
 
 
-@pytest.mark.parametrize("name", BUDGET)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.full] if name.startswith("qkformer") else [])
+        for name in BUDGET
+    ],
+)
 def test_a_batch_keeps_to_its_budget(name: str) -> None:
     file, rule = name.split()
     recipe = import_module(f"recipes.imagenet.{file}").recipe()

@@ -286,7 +286,7 @@ def test_a_rule_that_cannot_be_timed_here_says_why(monkeypatch: pytest.MonkeyPat
     assert found.refused == {"BPTT": "BPTT: cannot be timed; batch 0: its loss is nan"}
 
 
-@pytest.mark.distributed
+@pytest.mark.full
 @pytest.mark.timeout(120)
 def test_workers_here_are_timed_together() -> None:
     found = plan(made(), Cluster(workers=2), rules=())

@@ -331,7 +331,7 @@ def train(rank: int, ranks: int, job: Job, package: Path) -> None:
     worker.run(replace(job, trust=("told_lab",)), RankInfo(rank, ranks, "cpu", rank))
 
 
-@pytest.mark.distributed
+@pytest.mark.full
 @pytest.mark.timeout(400)
 @pytest.mark.usefixtures("own_store")
 def test_a_worker_that_is_killed_takes_its_readers_along_and_no_bit_is_lost(

@@ -50,7 +50,14 @@ def test_it_trains_is_killed_and_goes_on(
     assert broken["loss"] == whole["loss"]
 
 
-@pytest.mark.parametrize("case", [*CASES, POOLED], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.full] if case.has_batch_norm else [])
+        for case in (*CASES, POOLED)
+    ],
+    ids=str,
+)
 def test_compare_tells_the_bytes_of_a_run(case: Case, tmp_path: Path) -> None:
     recipe = small_recipe(
         model=spec(wrap, network=spec(case.build), norm="step"),
