@@ -118,7 +118,7 @@ def test_an_installation_without_extras_trains_and_loads(
     """A real `pip install .` into an empty environment."""
     source, bin_ = tmp_path / "source", tmp_path / "venv" / "bin"
     source.mkdir()
-    for name in ("pyproject.toml", "LICENSE"):
+    for name in ("pyproject.toml", "LICENSE", "spiketrain.py"):
         shutil.copy(name, source)
     for name in ("pipeline", "recipes"):
         shutil.copytree(name, source / name)
@@ -182,12 +182,12 @@ def test_reports_need_their_extra_alone(saved: tuple[Path, Path]) -> None:
 
 def test_import_pipeline_is_light_and_names_are_imported_on_use() -> None:
     code = (
-        "import sys, pipeline\n"
+        "import sys, pipeline, spiketrain\n"
         "light = 'torch' not in sys.modules and 'pipeline.recipe' not in sys.modules\n"
-        "made = [getattr(pipeline, name).__name__ for name in pipeline.__all__]\n"
-        "print(light, made == pipeline.__all__)"
+        "made = [getattr(spiketrain, name).__name__ for name in spiketrain.__all__]\n"
+        "print(light, made == pipeline.__all__, spiketrain.wrap is pipeline.wrap)"
     )
-    assert python(code, hidden=modules_of("train", "report")).stdout == "True True\n"
+    assert python(code, hidden=modules_of("train", "report")).stdout == "True True True\n"
     with pytest.raises(AttributeError, match="module 'pipeline' has no attribute 'Recipes'"):
         _ = getattr(pipeline, "Recipe" + "s")
 
