@@ -12,6 +12,7 @@ from pipeline.cli.options import (
     RUNS,
     SIDE_BY_SIDE,
     SIZES,
+    TRAIN,
     Address,
     Commands,
     Cores,
@@ -28,6 +29,7 @@ from pipeline.cli.options import (
     Trust,
     Verify,
     count_option,
+    example,
     is_set_by_user,
     load_changed,
     number_option,
@@ -58,7 +60,7 @@ if TYPE_CHECKING:
 
 
 RecipeFiles = Annotated[
-    list[Path], typer.Argument(metavar="RECIPE...", help="Python files that define recipe()")
+    list[Path], typer.Argument(metavar="RECIPE", help="Python files that define recipe()")
 ]
 Sizes = Annotated[
     str,
@@ -173,9 +175,8 @@ commands = Commands()
 
 # `_make_cluster` and `submit_to_cluster` read most options from `context.params`.
 @commands.command(
-    epilog=(
-        "Example: spiketrain launch recipes/fashion/sltt.py --workers 2 --set optimizer.lr=0.05"
-    )
+    rich_help_panel=TRAIN,
+    epilog=example("spiketrain launch recipes/fashion/sltt.py --workers 2 --set optimizer.lr=0.05"),
 )
 def launch(
     context: typer.Context,
@@ -210,9 +211,10 @@ def launch(
     time: Time = None,
     partition: Partition = None,
 ) -> None:
-    """Train a recipe or a suite. Print a table of the results, or the suite's own report.
+    """Train a recipe, or several, and print a table of the results.
 
-    A suite also gets a page, report.html in its folder.
+    Several recipes are a suite. A suite may have its own report instead of the table, and gets a
+    page, report.html in its folder.
     """
     _handle_signals()
     if name is not None:
@@ -305,7 +307,8 @@ def _resume_if_exists(
 
 
 @commands.command(
-    epilog="Example: spiketrain finetune imagenet-sltt-20260105-120000 birds --workers 2"
+    rich_help_panel=TRAIN,
+    epilog=example("spiketrain finetune imagenet-sltt-20260105-120000 birds --workers 2"),
 )
 def finetune(
     weights: Weights,
@@ -409,7 +412,9 @@ def _end_finetuning(run: Path) -> None:
     print(f"page    {write(read_study(run.parent, [run.name]).study, run / REPORT)}")
 
 
-@commands.command(epilog="Example: spiketrain resume fashion-sltt-20260105-120000")
+@commands.command(
+    rich_help_panel=TRAIN, epilog=example("spiketrain resume fashion-sltt-20260105-120000")
+)
 def resume(
     context: typer.Context,
     run: RunOrSuite,
@@ -436,10 +441,10 @@ def resume(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Resume a run at the exact sample of its newest valid checkpoint, or the runs of a suite.
+    """Continue a run at the exact sample where it stopped, or a suite.
 
-    The values of the options from --device to --side-by-side are saved with the run. An option that
-    is not given keeps its saved value.
+    A run continues from its newest valid checkpoint. The values of the options from --device to
+    --side-by-side are saved with the run. An option that is not given keeps its saved value.
     """
     _handle_signals()
     from pipeline.launch.cluster import OPERATIONAL_FIELDS, parse_workers
