@@ -312,7 +312,7 @@ def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
             console=console,
             disable=not console.is_terminal,
         ) as progress:
-            task = progress.add_task(name, total=None)
+            task = progress.add_task(f"write {name}", total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
     except TooManyUnreadable as error:
         _list_entries("unreadable", error.unreadable)
