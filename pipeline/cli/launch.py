@@ -47,11 +47,12 @@ from pipeline.cli.submit import (
     submit_to_cluster,
 )
 from pipeline.cli.write import MaxUnreadable, progress_bar, report_written
+from pipeline.core.printing import new_console, say_next
 from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.recipe import Recipe, read_json
 from pipeline.recipe.recipe_files import refuse_unnamed, trust_of
 from pipeline.recipe.search import join_suites, over_seeds, parse_search, with_tuning
-from pipeline.recipe.suite import Suite, command, is_suite, runs_of
+from pipeline.recipe.suite import Suite, command, dashboard_command, is_suite, runs_of
 from pipeline.track.mlflow_store import TrackingError
 from pipeline.track.run_state import done_entries, state_of, suite_entries
 
@@ -494,7 +495,7 @@ def _end_run(folder: Path) -> None:
     print_comparison(folder.parent, folders=[folder])
     if read_json(RunFolder(folder).recipe)["recipe"].get("family") == FAMILY:
         _end_finetuning(folder)
-    _print_next(folder, run=folder)
+    _say_next([command("report", folder)], run=folder)
 
 
 def _end_suite(folder: Path, trust: tuple[str, ...], *, had_finished: bool = False) -> None:
@@ -521,18 +522,17 @@ def _end_suite(folder: Path, trust: tuple[str, ...], *, had_finished: bool = Fal
                 file=sys.stderr,
             )
     finished = (run for run in runs_of(folder).values() if state_of(run) == "finished")
-    _print_next(folder, run=next(finished, None))
+    _say_next([command("compare", folder)], run=next(finished, None))
 
 
-def _print_next(folder: Path, *, run: Path | None) -> None:
-    """Print commands for the next steps of the user.
-
-    `folder` is the folder of a run or a suite. `run` is the folder of that run, or of one run of
-    the suite; None: no run has finished.
-    """
-    commands = [command(verb, folder) for verb in ("compare", "report")]
-    commands += [] if run is None else [command(verb, run) for verb in ("evaluate", "export")]
-    print("next    " + "\n        ".join(commands))
+def _say_next(commands: list[str], *, run: Path | None) -> None:
+    """Print these commands, and those for a run that has finished; None: none has."""
+    if run is not None:
+        commands = [*commands, dashboard_command(run.parent), command("export", run)]
+        job = RunFolder(run).job
+        if job.exists() and read_json(job).get("picture_options") is not None:
+            commands.append(f"{command('predict', run)} PICTURE")
+    say_next(new_console(), commands)
 
 
 def _combine(members: list[Recipe | Suite], seeds: int, tune: str | None) -> Recipe | Suite:

@@ -160,6 +160,7 @@ def export(
         ExportFormat,
         typer.Option(
             "--format",
+            metavar="FORMAT",
             help=(
                 "plain: for pipeline.load; packed: the same, 1-bit weights 8 to a byte; nir: for"
                 " SpikingJelly, snnTorch and chips; torch, torch-step: for torch.export.load, all"
@@ -186,18 +187,15 @@ def export(
     The file is for pipeline.load or for other packages. The size of the file is printed, and the
     line that loads it.
     """
+    from pipeline.core.printing import new_console, say
     from pipeline.report.selection import find_run
     from pipeline.train.export import export_run
 
-    print(
-        export_run(
-            find_run(runs, run),
-            out,
-            format=format_,
-            which=which,
-            trust=tuple(trust),
-        )
-    )
+    console = new_console()
+
+    exported = export_run(find_run(runs, run), out, format=format_, which=which, trust=tuple(trust))
+    for line in str(exported).splitlines():
+        say(console, line)
 
 
 @commands.command(
@@ -383,7 +381,7 @@ def _print_verdicts(verdicts: Any, source: str) -> None:
     from pipeline.core.printing import new_console, say
 
     console = new_console()
-    styles = {"ok": "green", "note": "yellow", "fault": "bold red"}
+    styles = {"ok": "", "note": "bold", "fault": "bold red"}
     for verdict in verdicts:
         label = Text.assemble((f"{verdict.state:5}", styles[verdict.state]), " ")
         label.append(f"{verdict.question:10}")

@@ -17,6 +17,7 @@ from pipeline.cli.options import (
     Runs,
     example,
 )
+from pipeline.core.printing import new_console, say
 from pipeline.core.units import counted
 from pipeline.recipe.suite import is_suite, runs_of
 from pipeline.track.mlflow_store import without_password
@@ -36,16 +37,17 @@ def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
     from pipeline.report.selection import find_run
     from pipeline.track import mlflow
 
-    target = find_run(runs, run, suites=True)
+    console, target = new_console(), find_run(runs, run, suites=True)
     uri = mlflow.tracking_uri(target.parent)
     folders = [target]
     if is_suite(target):
         folders = [each for each in runs_of(target).values() if state_of(each) != "new"]
     for folder in folders:
         report = mlflow.sync(folder, uri=uri)
-        print(
+        say(
+            console,
             f"{folder.name} -> {without_password(uri)}: {counted(report.delivered, 'point')}"
-            f" delivered, {report.already_there} already there"
+            f" delivered, {report.already_there} already there",
         )
     if not folders:
         print(f"{target.name}: no run of this suite has begun")
@@ -92,9 +94,10 @@ def register(
     version = mlflow.register(
         folder, checkpoint, name=name, alias=which, uri=mlflow.tracking_uri(folder.parent)
     )
-    print(
+    say(
+        new_console(),
         f"{folder.name} -> models:/{name}@{which}, version {version}:"
-        f" {checkpoint.resolve().as_uri()}"
+        f" {checkpoint.resolve().as_uri()}",
     )
 
 

@@ -87,9 +87,8 @@ def say(
     if label.cell_len > width // 2:
         text, label = label.plain + text, Text()
     indent = Text(" " * label.cell_len)
-    commands = [
-        each for each in (*whole, *re.findall("`([^`]*)`", text)) if each.startswith(_COMMAND)
-    ]
+    parts = (*whole, *re.findall("`([^`]*)`", text))
+    commands = [part for part in parts if part.startswith(_COMMAND)]
     for line in _wrap(text, width - len(indent), whole):
         if cell_len(line) > width - len(indent):
             label.rstrip()
@@ -97,7 +96,8 @@ def say(
                 _print(console, label)
             label = Text()
         shown = Text.assemble(label, (line, style))
-        shown.highlight_words(commands, ACCENT)
+        if commands:
+            shown.highlight_words(commands, ACCENT)
         _print(console, shown)
         label = indent
 
@@ -150,12 +150,12 @@ def print_table(
     body, widths, parts = _laid_out(table, texts, keys, console, is_narrow=False)
     if len(parts) > 1:
         body, widths, parts = _laid_out(table, texts, keys, console, is_narrow=True)
-    heads = [_wrap(each.title, width) for each, width in zip(table, widths, strict=True)]
-    height = max(map(len, heads))
-    heads = [[""] * (height - len(head)) + head for head in heads]  # aligned at the bottom
+    titles = [_wrap(each.title, width) for each, width in zip(table, widths, strict=True)]
     for number_of_part, part in enumerate(parts):
         if number_of_part:
             console.print()
+        height = max(len(titles[index]) for index in part)
+        heads = [[""] * (height - len(title)) + title for title in titles]  # aligned at the bottom
         for cells, style in ((heads, "bold"), *((row, "") for row in body)):
             for pieces in zip_longest(*(cells[index] for index in part), fillvalue=""):
                 aligned = (
@@ -182,7 +182,7 @@ def _laid_out(
             [
                 piece
                 for line in text.replace("\t", "\n" if is_narrow else _GAP).split("\n")
-                for piece in (_wrap(line, _PROSE_WIDTH) if is_narrow and each.wraps else [line])
+                for piece in (_wrap_list(line) if is_narrow and each.wraps else [line])
             ]
             for text, each in zip(row, table, strict=True)
         ]
@@ -224,6 +224,12 @@ def _wrap(text: str, width: int, whole: Iterable[str] = ()) -> list[str]:
         else:
             lines[-1] = longer
     return [line.rstrip().replace(_NO_BREAK, " ") for line in lines]
+
+
+def _wrap_list(text: str) -> list[str]:
+    """Wrap the text of a cell. An item between commas is broken only if it is too long."""
+    items = [item for item in text.split(", ") if cell_len(item) < _PROSE_WIDTH]
+    return _wrap(text, _PROSE_WIDTH, items)
 
 
 def _longest_word(text: str) -> int:

@@ -151,16 +151,17 @@ class ProgressDisplay:
     def _update_state(self, event: Event) -> None:
         if isinstance(event, (events.Start, events.FirstBatch)):
             self._first_step, self._first_time = event.step, event.time
+        if isinstance(event, events.Start):
+            self._start = event
+        if type(event) in _PHASES:
+            self._show_phase(_PHASES[type(event)])
         if isinstance(event, events.Evaluation):
             self._accuracy = _percent(event.metrics["top1"]) if "top1" in event.metrics else ""
         elif isinstance(event, events.Start):
-            self._start = event
             if self._bar is not None:
                 self._bar.reset(_TASK, total=event.total_steps, completed=event.step, text="")
         elif isinstance(event, events.Finish) and self._bar is not None and self._start is not None:
             self._bar.update(_TASK, completed=self._start.total_steps)
-        if type(event) in _PHASES:
-            self._show_phase(_PHASES[type(event)])
 
     def _show_phase(self, phase: str) -> str:
         """Name the phase in the bar, after the rule. Returns the text."""
