@@ -23,7 +23,7 @@ from pipeline.recipe import BASELINE
 from pipeline.recipe.suite import how_to_resume
 from pipeline.report import tables
 from pipeline.report.drawing import Table
-from pipeline.report.metrics import compared_metrics, metric
+from pipeline.report.metrics import compared_metrics
 from pipeline.report.results import (
     ReportError,
     Run,
@@ -91,23 +91,8 @@ class Comparison:
             "notes": list(self.notes),
         }
 
-    @property
-    def conclusion(self) -> str:
-        """The best rule beside the baseline in a sentence, or the costs of the only rule; ""."""
-        if best := tables.headline(self.group):
-            return best.sentence
-        rules, texts = self.group.finished_rules, []
-        for name, text in (
-            ("top1", "{} top-1"),
-            ("peak_saved_bytes", "{} saved for backward"),
-            ("wall_s", "{} of training"),
-        ):
-            if shown := tables.format_metric(self.group, rules[0], metric(name)):
-                texts.append(text.format(shown.mean))
-        return f"{rules[0]}: {', '.join(texts)}" if len(rules) == 1 else ""
-
     def render(self, console: Console) -> None:
-        """Print the costs, the conditions of each rule, the notes, and the conclusion.
+        """Print the costs, the conditions of each rule, the notes, and the answer.
 
         Each rule has one line: the mean over its runs ± the standard deviation, and × the ratio
         to the baseline over paired seeds. If all runs of a rule diverged, its line says so.
@@ -136,9 +121,9 @@ class Comparison:
                 )
             elif run in self.elsewhere:  # a note names the other diverged runs
                 say(console, f"not in the table: {label} diverged under other conditions")
-        if self.conclusion:
+        if answer := tables.conclusion(self.group):
             console.print()
-            say(console, self.conclusion, style="bold")
+            say(console, answer, style="bold")
 
     def _print_costs(self, console: Console) -> None:
         group, rows = self.group, []

@@ -194,6 +194,35 @@ def headline(group: Group) -> Headline | None:
     )
 
 
+def conclusion(group: Group) -> str:
+    """The headline of a group, or the costs of its only rule; "" if there is neither."""
+    if best := headline(group):
+        return best.sentence
+    if len(group.finished_rules) != 1:
+        return ""
+    [rule], texts = group.finished_rules, []
+    for name, text in (
+        ("top1", "{} top-1"),
+        ("peak_saved_bytes", "{} saved for backward"),
+        ("wall_s", "{} of training"),
+    ):
+        if shown := format_metric(group, rule, metric(name)):
+            texts.append(text.format(shown.mean))
+    return f"{rule}: {', '.join(texts)}"
+
+
+def in_markdown(group: Group) -> str:
+    """The conclusion of a group, and its costs as a table in Markdown."""
+    columns = columns_of_costs(group)
+    rows = [["rule", *(each.title for each in columns)], ["---"] * (len(columns) + 1)]
+    for rule in group.finished_rules:
+        cells = (format_metric(group, rule, each) for each in columns)
+        rows.append([rule, *("-" if each is None else each.in_a_line() for each in cells)])
+    answer = conclusion(group)
+    lines = [f"**{answer}**", ""] if answer else []
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
 def costs(group: Group) -> Table:
     """One row for each rule: the means over its finished runs, and its numbers of runs by state.
 
