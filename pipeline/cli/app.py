@@ -28,18 +28,11 @@ app = Commands(
 )
 for group in (new, launch, report, write, network, forecast, track):
     app.add_typer(group.commands)
-# In the help only what can be typed is coloured.
-for name in ("OPTION", "SWITCH", "COMMANDS_TABLE_FIRST_COLUMN"):
-    setattr(rich_utils, f"STYLE_{name}", ACCENT)
-for name in (
-    "TYPES",
-    "USAGE",
-    "NEGATIVE_OPTION",
-    "OPTION_ENVVAR",
-    "REQUIRED_SHORT",
-    "REQUIRED_LONG",
-):
-    setattr(rich_utils, f"STYLE_{name}", "")
+# In the help, only what can be typed has a colour.
+_PLAIN = ("TYPES", "USAGE", "NEGATIVE_OPTION", "OPTION_ENVVAR", "REQUIRED_SHORT", "REQUIRED_LONG")
+_TYPED = ("OPTION", "SWITCH", "COMMANDS_TABLE_FIRST_COLUMN")
+for name, style in (dict.fromkeys(_PLAIN, "") | dict.fromkeys(_TYPED, ACCENT)).items():
+    setattr(rich_utils, f"STYLE_{name}", style)
 
 # typer 0.29 has its own copy of click; older releases import click.
 usage_error: Any = typer.BadParameter.__mro__[1]

@@ -23,8 +23,7 @@ from pipeline.recipe.recipe_files import load_recipe
 from pipeline.recipe.suite import Suite, is_suite
 
 # The groups of commands in `spiketrain --help`
-TRAIN, COMPARE, DATA = "Train", "Compare", "Data"
-MODELS, CLUSTER = "Models", "Cluster"
+TRAIN, COMPARE, DATA, MODELS, CLUSTER = "Train", "Compare", "Data", "Models", "Cluster"
 
 
 def example(*commands: str) -> str:

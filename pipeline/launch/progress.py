@@ -89,6 +89,7 @@ class ProgressDisplay:
                 refresh_per_second=4,
             )
             self._bar.add_task("start workers", total=None, text="")
+            self._bar.start()
         self._start: events.Start | None = None
         # Step and time at which the attempt started, or at which its first batch ended.
         self._first_step, self._first_time = 0, 0.0
@@ -97,10 +98,7 @@ class ProgressDisplay:
         self._print(f"mlflow  {without_password(mlflow_uri)}")
         if resume_command:
             self._print(f"resume  {resume_command}", whole=[resume_command])
-        if self._bar is None:
-            self._print("waiting for the workers, which import torch and build the network")
-        else:
-            self._bar.start()
+        self._print("waiting for the workers, which import torch and build the network")
 
     def update(self) -> None:
         """Show the events that were written to the journal since the last call."""

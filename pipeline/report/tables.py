@@ -200,15 +200,11 @@ def conclusion(group: Group) -> str:
         return best.sentence
     if len(group.finished_rules) != 1:
         return ""
-    [rule], texts = group.finished_rules, []
-    for name, text in (
-        ("top1", "{} top-1"),
-        ("peak_saved_bytes", "{} saved for backward"),
-        ("wall_s", "{} of training"),
-    ):
-        if shown := format_metric(group, rule, metric(name)):
-            texts.append(text.format(shown.mean))
-    return f"{rule}: {', '.join(texts)}"
+    [rule] = group.finished_rules
+    words = {"top1": "top-1", "peak_saved_bytes": "saved for backward", "wall_s": "of training"}
+    shown = {text: format_metric(group, rule, metric(name)) for name, text in words.items()}
+    costs = ", ".join(f"{each.mean} {text}" for text, each in shown.items() if each)
+    return f"{rule}: {costs}"
 
 
 def in_markdown(group: Group) -> str:

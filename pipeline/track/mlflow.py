@@ -323,8 +323,11 @@ class Delivery:
                 # The process that created the parent died before it set the tag.
                 self.client.set_tag(run_id, PARENT_OF, self._parent_id)
             return run
-        tags = {RUN_TAG: uuid, KIND_TAG: "run"}
-        tags[NOTE_TAG] = f"{RESUME}`{start.get('resume_command', '')}`"
+        tags = {
+            RUN_TAG: uuid,
+            KIND_TAG: "run",
+            NOTE_TAG: f"{RESUME}`{start.get('resume_command', '')}`",
+        }
         if self._parent_id:
             tags[PARENT_OF] = self._parent_id
         return self.client.create_run(
@@ -565,9 +568,11 @@ def _describe_parent(
     resume = parent.data.tags.get(NOTE_TAG, "").rpartition("\n")[2]
     if resume.startswith(RESUME):
         client.set_tag(parent_id, NOTE_TAG, f"{note[:4500]}\n\n{resume}")
-    new = {_key(name): value for name, value in metrics.items()}
-    known = parent.data.metrics
-    points = [Metric(key, value, now, 0) for key, value in new.items() if known.get(key) != value]
+    points = [
+        Metric(_key(name), value, now, 0)
+        for name, value in metrics.items()
+        if parent.data.metrics.get(_key(name)) != value
+    ]
     client.log_batch(parent_id, metrics=points)
 
 
