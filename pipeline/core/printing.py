@@ -87,8 +87,9 @@ def say(
     if label.cell_len > width // 2:
         text, label = label.plain + text, Text()
     indent = Text(" " * label.cell_len)
-    parts = (*whole, *re.findall("`([^`]*)`", text))
-    commands = [part for part in parts if part.startswith(_COMMAND)]
+    commands = [
+        part for part in (*whole, *re.findall("`([^`]*)`", text)) if part.startswith(_COMMAND)
+    ]
     for line in _wrap(text, width - len(indent), whole):
         if cell_len(line) > width - len(indent):
             label.rstrip()
