@@ -48,11 +48,11 @@ def lab(tmp_path_factory: pytest.TempPathFactory, empty_store: Path) -> Path:
     shutil.copy(empty_store, lab / "runs")
     (lab / "one.py").write_text(FILE.replace("SEVERAL", "sltt"))
     (lab / "several.py").write_text(FILE.replace("SEVERAL", SEVERAL))
-    pixels = np.random.default_rng(0).integers(0, 255, (12, 16, 16, 3), dtype=np.uint8)
-    for index, image_HWC in enumerate(pixels):
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 16, 16), dtype=np.uint8)
+    for index, image_HW in enumerate(pixels):
         folder = lab / "pictures" / f"class-{index % 2}"
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image_HWC).save(folder / f"picture-{index}.png")
+        Image.fromarray(image_HW).save(folder / f"picture-{index}.png")
     return lab
 
 
@@ -97,7 +97,12 @@ def test_no_word_of_the_help_is_broken(
         "evaluate {run}",
         "write folder --source pictures --out data{n} --val 0.2 --mode raw",
         pytest.param("launch one.py --inline --name run{n}", marks=SLOW),
-        pytest.param("report", marks=SLOW),
+        pytest.param("report && resume {run}", marks=SLOW),
+        pytest.param(
+            "finetune {run} pictures --inline --epochs 1 --batch-size 4 --name tuned{n} --data"
+            " ffcv{n} && predict tuned{n} pictures && verify ffcv{n}",
+            marks=SLOW,
+        ),
         pytest.param("check one.py", marks=SLOW),
         pytest.param("doctor", marks=SLOW),
         pytest.param("probe one.py", marks=SLOW),
@@ -117,7 +122,10 @@ def test_no_word_of_a_command_is_broken(
     for number, is_terminal in enumerate((True, False)):
         for stream in (sys.stdout, sys.stderr):
             monkeypatch.setattr(stream, "isatty", lambda here=is_terminal: here)
-        code, out, error = spiketrain(*typed.format(run=run.name, n=number).split())
-        assert code == 0, error
-        shown.append(out + error)
+        text = ""
+        for command in typed.format(run=run.name, n=number).split(" && "):
+            code, out, error = spiketrain(*command.split())
+            assert code == 0, error
+            text += out + error
+        shown.append(text)
     refuse_broken(*shown)
