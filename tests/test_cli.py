@@ -3,6 +3,7 @@ run from end to end.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -27,14 +28,40 @@ from tests.helpers.small import (
 )
 
 
-def test_help_imports_nothing_heavy() -> None:
-    code = (
-        "import sys, pipeline.cli.app as m\ntry:\n    m.app(['launch', '--help'])\nexcept"
-        " SystemExit:\n    pass\nprint([name for name in ('torch', 'ray', 'mlflow', 'deepspeed',"
-        " 'ffcv', 'numpy') if name in sys.modules])"
+@pytest.mark.parametrize(
+    ("typed", "shown"),
+    [
+        ("spiketrain --help", ["Train", "Compare", "Data", "Models", "Cluster"]),
+        ("spiketrain launch --help", ["--workers"]),
+        ("spiketrain re[Tab]", ["report", "resume", "register"]),
+        ("spiketrain resume --runs RUNS a[Tab]", ["a-run", "a-suite"]),
+    ],
+)
+def test_help_and_completion_import_nothing_heavy(
+    typed: str, shown: list[str], tmp_path: Path
+) -> None:
+    for file in ("a-run/recipe.json", "a-suite/suite.json", "another/file", "b-run/recipe.json"):
+        (tmp_path / file).parent.mkdir()
+        (tmp_path / file).touch()
+    words = typed.replace("RUNS", str(tmp_path)).removesuffix("[Tab]").split()
+    completion = {
+        "_SPIKETRAIN_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(words),
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "pipeline", *words[1:]],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **(completion if typed.endswith("[Tab]") else {})},
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.stdout.strip().endswith("[]")
+    assert [each for each in shown if each not in done.stdout] == []
+    if typed.endswith("[Tab]"):
+        assert sorted(done.stdout.split()) == sorted(shown)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "typer" in imported
+    assert not imported & {"torch", "ray", "mlflow", "deepspeed", "ffcv", "numpy", "pandas"}
 
 
 ENDS = """
@@ -111,7 +138,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "launch recipes/fashion/sltt.py --workers many",
             "ascending numbers such as 2,4,8, none above 65536; got many",
         ),
-        ("launch", "Missing argument 'RECIPE...'"),
+        ("launch", "Missing argument 'RECIPE'"),
         ("lunch", "No such command 'lunch'"),
         ("show recipes/fashion/sltt.py --workers 3", "batch_size must be divisible by 3 workers"),
         ("compare --format xml", "'xml' is not one of 'table', 'json', 'csv'"),

@@ -6,25 +6,33 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
+from typer import rich_utils
 
-from pipeline.cli import forecast, launch, network, report, track, write
-from pipeline.cli.options import Commands
+from pipeline.cli import forecast, launch, network, new, report, track, write
+from pipeline.cli.options import Commands, example
 from pipeline.core.files import is_for_the_user
+from pipeline.core.printing import ACCENT
 
 app = Commands(
     name="spiketrain",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
     help=(
         "Train spiking neural networks with the learning rule of a recipe, and compare the"
         " rule's cost with BPTT."
     ),
-    epilog="Example: spiketrain launch recipes/compare/fashion_demo.py --workers 2",
+    epilog=example(
+        "spiketrain new mine", "spiketrain launch recipes/compare/fashion_demo.py --workers 2"
+    ),
 )
-for group in (launch, network, report, forecast, write, track):
+for group in (new, launch, report, write, network, forecast, track):
     app.add_typer(group.commands)
+# In the help, only what can be typed has a colour.
+_PLAIN = ("TYPES", "USAGE", "NEGATIVE_OPTION", "OPTION_ENVVAR", "REQUIRED_SHORT", "REQUIRED_LONG")
+_TYPED = ("OPTION", "SWITCH", "COMMANDS_TABLE_FIRST_COLUMN")
+for name, style in (dict.fromkeys(_PLAIN, "") | dict.fromkeys(_TYPED, ACCENT)).items():
+    setattr(rich_utils, f"STYLE_{name}", style)
 
 # typer 0.29 has its own copy of click; older releases import click.
 usage_error: Any = typer.BadParameter.__mro__[1]

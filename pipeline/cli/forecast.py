@@ -8,6 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.cli.options import (
+    CLUSTER,
+    COMPARE,
+    TRAIN,
     Commands,
     Cores,
     Format,
@@ -16,6 +19,7 @@ from pipeline.cli.options import (
     Tiny,
     Workers,
     count_option,
+    example,
     load_changed,
     number_option,
 )
@@ -59,17 +63,19 @@ AtLargest = Annotated[
 commands = Commands()
 
 
-@commands.command(epilog="Example: spiketrain show recipes/fashion/sltt.py --workers 2")
+@commands.command(
+    rich_help_panel=TRAIN, epilog=example("spiketrain show recipes/fashion/sltt.py --workers 2")
+)
 def show(
     recipe: RecipeFile,
     workers: Workers = 1,
     changes: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Print the resolved recipe, its study key, the cost of a step and DeepSpeed's settings.
+    """Print the resolved recipe, its size and the cost of a step.
 
-    The number of parameters is also printed. The data are not needed: the operations and bytes of a
-    step are counted without running it.
+    The study key and DeepSpeed's settings are also printed. The data are not needed: the operations
+    and bytes of a step are counted without running it.
     """
     workload = load_changed(recipe, changes, tiny)
     from pipeline.report.forecasts import show_recipe
@@ -77,7 +83,9 @@ def show(
     show_recipe(workload, workers, counts_steps=True)
 
 
-@commands.command(epilog="Example: spiketrain probe recipes/fashion/sltt.py")
+@commands.command(
+    rich_help_panel=COMPARE, epilog=example("spiketrain probe recipes/fashion/sltt.py")
+)
 def probe(
     recipe: RecipeFile,
     batch: Annotated[
@@ -89,10 +97,10 @@ def probe(
     changes: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Measure each rule's cost before training, and compare its gradient with BPTT's.
+    """Measure cost and gradient of each rule on one batch.
 
-    The cost is that of one batch on this machine. Recipes of one file that differ only in their
-    rules share a table.
+    Each gradient is compared with BPTT's. The cost is that of one batch on this machine. Recipes of
+    one file that differ only in their rules share a table.
     """
     workload = load_changed(recipe, changes, tiny)
     from pipeline.forecast.bench import step_inputs
@@ -109,7 +117,8 @@ def probe(
 
 
 @commands.command(
-    epilog="Example: spiketrain sweep recipes/fashion/sltt.py --steps 1,2,4,8,16 --batch auto"
+    rich_help_panel=COMPARE,
+    epilog=example("spiketrain sweep recipes/fashion/sltt.py --steps 1,2,4,8,16 --batch auto"),
 )
 def sweep(
     recipe: RecipeFile,
@@ -133,7 +142,7 @@ def sweep(
     changes: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Measure each rule's memory and time at several numbers of time steps, before training."""
+    """Measure memory and time of each rule at several time steps T."""
     given = "without --batch" if batch is None else f"with --batch {batch}"
     if memory is not None and (batch != "auto" or not 1e-6 <= memory <= 1e6):
         raise ValueError(
@@ -169,9 +178,10 @@ def sweep(
 
 
 @commands.command(
-    epilog=(
-        "Example: spiketrain plan recipes/imagenet/nf_resnet34_sltt.py --workers 64 --device h100"
-    )
+    rich_help_panel=CLUSTER,
+    epilog=example(
+        "spiketrain plan recipes/imagenet/nf_resnet34_sltt.py --workers 8 --device h100"
+    ),
 )
 def plan(
     recipe: RecipeFile,
@@ -193,7 +203,7 @@ def plan(
     changes: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Predict memory, speed, hours and energy of each rule before a launch.
+    """Predict memory, hours and energy of each rule on other machines.
 
     The operations of a full-size step are counted without running it, so neither a GPU nor the data
     are needed. With --device here, small batches are timed as well. Recipes of one file that differ

@@ -12,6 +12,7 @@ from pipeline.cli.options import (
     RUNS,
     SIDE_BY_SIDE,
     SIZES,
+    TRAIN,
     Address,
     Commands,
     Cores,
@@ -28,6 +29,7 @@ from pipeline.cli.options import (
     Trust,
     Verify,
     count_option,
+    example,
     is_set_by_user,
     load_changed,
     number_option,
@@ -45,11 +47,12 @@ from pipeline.cli.submit import (
     submit_to_cluster,
 )
 from pipeline.cli.write import MaxUnreadable, progress_bar, report_written
+from pipeline.core.printing import new_console, say_next
 from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.recipe import Recipe, read_json
 from pipeline.recipe.recipe_files import refuse_unnamed, trust_of
 from pipeline.recipe.search import join_suites, over_seeds, parse_search, with_tuning
-from pipeline.recipe.suite import Suite, command, is_suite, runs_of
+from pipeline.recipe.suite import Suite, command, dashboard_command, is_suite, runs_of
 from pipeline.track.mlflow_store import TrackingError
 from pipeline.track.run_state import done_entries, state_of, suite_entries
 
@@ -58,7 +61,7 @@ if TYPE_CHECKING:
 
 
 RecipeFiles = Annotated[
-    list[Path], typer.Argument(metavar="RECIPE...", help="Python files that define recipe()")
+    list[Path], typer.Argument(metavar="RECIPE", help="Python files that define recipe()")
 ]
 Sizes = Annotated[
     str,
@@ -173,9 +176,8 @@ commands = Commands()
 
 # `_make_cluster` and `submit_to_cluster` read most options from `context.params`.
 @commands.command(
-    epilog=(
-        "Example: spiketrain launch recipes/fashion/sltt.py --workers 2 --set optimizer.lr=0.05"
-    )
+    rich_help_panel=TRAIN,
+    epilog=example("spiketrain launch recipes/fashion/sltt.py --workers 2 --set optimizer.lr=0.05"),
 )
 def launch(
     context: typer.Context,
@@ -210,9 +212,10 @@ def launch(
     time: Time = None,
     partition: Partition = None,
 ) -> None:
-    """Train a recipe or a suite. Print a table of the results, or the suite's own report.
+    """Train a recipe, or several, and print a table of the results.
 
-    A suite also gets a page, report.html in its folder.
+    Several recipes are a suite. A suite may have its own report instead of the table, and gets a
+    page, report.html in its folder.
     """
     _handle_signals()
     if name is not None:
@@ -305,7 +308,8 @@ def _resume_if_exists(
 
 
 @commands.command(
-    epilog="Example: spiketrain finetune imagenet-sltt-20260105-120000 birds --workers 2"
+    rich_help_panel=TRAIN,
+    epilog=example("spiketrain finetune imagenet-sltt-20260105-120000 birds --workers 2"),
 )
 def finetune(
     weights: Weights,
@@ -409,7 +413,9 @@ def _end_finetuning(run: Path) -> None:
     print(f"page    {write(read_study(run.parent, [run.name]).study, run / REPORT)}")
 
 
-@commands.command(epilog="Example: spiketrain resume fashion-sltt-20260105-120000")
+@commands.command(
+    rich_help_panel=TRAIN, epilog=example("spiketrain resume fashion-sltt-20260105-120000")
+)
 def resume(
     context: typer.Context,
     run: RunOrSuite,
@@ -436,10 +442,10 @@ def resume(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Resume a run at the exact sample of its newest valid checkpoint, or the runs of a suite.
+    """Continue a run at the exact sample where it stopped, or a suite.
 
-    The values of the options from --device to --side-by-side are saved with the run. An option that
-    is not given keeps its saved value.
+    A run continues from its newest valid checkpoint. The values of the options from --device to
+    --side-by-side are saved with the run. An option that is not given keeps its saved value.
     """
     _handle_signals()
     from pipeline.launch.cluster import OPERATIONAL_FIELDS, parse_workers
@@ -489,7 +495,7 @@ def _end_run(folder: Path) -> None:
     print_comparison(folder.parent, folders=[folder])
     if read_json(RunFolder(folder).recipe)["recipe"].get("family") == FAMILY:
         _end_finetuning(folder)
-    _print_next(folder, run=folder)
+    _say_next([command("report", folder)], run=folder)
 
 
 def _end_suite(folder: Path, trust: tuple[str, ...], *, had_finished: bool = False) -> None:
@@ -516,18 +522,17 @@ def _end_suite(folder: Path, trust: tuple[str, ...], *, had_finished: bool = Fal
                 file=sys.stderr,
             )
     finished = (run for run in runs_of(folder).values() if state_of(run) == "finished")
-    _print_next(folder, run=next(finished, None))
+    _say_next([command("compare", folder)], run=next(finished, None))
 
 
-def _print_next(folder: Path, *, run: Path | None) -> None:
-    """Print commands for the next steps of the user.
-
-    `folder` is the folder of a run or a suite. `run` is the folder of that run, or of one run of
-    the suite; None: no run has finished.
-    """
-    commands = [command(verb, folder) for verb in ("compare", "report")]
-    commands += [] if run is None else [command(verb, run) for verb in ("evaluate", "export")]
-    print("next    " + "\n        ".join(commands))
+def _say_next(commands: list[str], *, run: Path | None) -> None:
+    """Print these commands, and those for a run that has finished; None: none has."""
+    if run is not None:
+        commands = [*commands, dashboard_command(run.parent), command("export", run)]
+        job = RunFolder(run).job
+        if job.exists() and read_json(job).get("picture_options") is not None:
+            commands.append(f"{command('predict', run)} PICTURE")
+    say_next(new_console(), commands)
 
 
 def _combine(members: list[Recipe | Suite], seeds: int, tune: str | None) -> Recipe | Suite:

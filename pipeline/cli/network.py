@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from pipeline.cli.options import (
+    MODELS,
     RUNS,
     Commands,
     Format,
@@ -18,6 +19,7 @@ from pipeline.cli.options import (
     Runs,
     Sets,
     Trust,
+    example,
     is_set_by_user,
     load_changed,
 )
@@ -34,10 +36,11 @@ SAMPLES = 4  # of a recipe's data
 
 
 @commands.command(
-    epilog=(
-        "Example: spiketrain evaluate fashion-sltt-20260105-120000 --which best; "
-        "spiketrain evaluate recipes/imagenet/qkformer_10_384_bptt.py --weights published.pth"
-    )
+    rich_help_panel=MODELS,
+    epilog=example(
+        "spiketrain evaluate fashion-sltt-20260105-120000 --which best",
+        "spiketrain evaluate recipes/imagenet/qkformer_10_384_bptt.py --weights q.pth",
+    ),
 )
 def evaluate(
     context: typer.Context,
@@ -71,7 +74,10 @@ def evaluate(
     changes: Sets = [],  # noqa: B006
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Evaluate the network of a run or a recipe on its whole evaluation set, in this process."""
+    """Measure the accuracy of a run on its whole evaluation set.
+
+    With --weights also of a recipe. The evaluation runs in this process.
+    """
     from pipeline.launch.evaluate import evaluate_recipe, evaluate_run
 
     if run.endswith(".py"):
@@ -102,10 +108,11 @@ def evaluate(
 
 
 @commands.command(
-    epilog=(
-        "Example: spiketrain predict birds-sltt-20260105-120000 robin.jpg holiday/; spiketrain"
-        " predict birds.safetensors robin.jpg --format json"
-    )
+    rich_help_panel=MODELS,
+    epilog=example(
+        "spiketrain predict birds-sltt-20260105-120000 robin.jpg holiday/",
+        "spiketrain predict birds.safetensors robin.jpg --format json",
+    ),
 )
 def predict(
     run: Annotated[
@@ -116,7 +123,7 @@ def predict(
         ),
     ],
     pictures: Annotated[
-        list[Path], typer.Argument(metavar="PICTURE...", help="pictures, or folders of pictures")
+        list[Path], typer.Argument(metavar="PICTURE", help="pictures, or folders of pictures")
     ],
     format_: Annotated[
         Literal["table", "json", "csv"],
@@ -128,8 +135,10 @@ def predict(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Predict the classes of pictures. Print the five most probable classes of each picture, the
-    spikes of each layer, and the energy of an inference.
+    """Predict the classes of pictures with a trained network.
+
+    The five most probable classes of each picture are printed, the spikes of each layer, and the
+    energy of an inference.
     """
     from pipeline.launch.predict import predict as answer
     from pipeline.report.selection import find_run
@@ -139,10 +148,11 @@ def predict(
 
 
 @commands.command(
-    epilog=(
-        "Example: spiketrain export fashion-sltt-20260105-120000; "
-        "spiketrain export fashion-sltt-20260105-120000 --format torch"
-    )
+    rich_help_panel=MODELS,
+    epilog=example(
+        "spiketrain export fashion-sltt-20260105-120000",
+        "spiketrain export fashion-sltt-20260105-120000 --format torch",
+    ),
 )
 def export(
     run: RunName,
@@ -150,6 +160,7 @@ def export(
         ExportFormat,
         typer.Option(
             "--format",
+            metavar="FORMAT",
             help=(
                 "plain: for pipeline.load; packed: the same, 1-bit weights 8 to a byte; nir: for"
                 " SpikingJelly, snnTorch and chips; torch, torch-step: for torch.export.load, all"
@@ -171,29 +182,28 @@ def export(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Write a trained network as one file, for pipeline.load or for other packages.
+    """Write a trained network as one file.
 
-    The size of the file is printed, and the line that loads it.
+    The file is for pipeline.load or for other packages. The size of the file is printed, and the
+    line that loads it.
     """
+    from pipeline.core.printing import new_console, say
     from pipeline.report.selection import find_run
     from pipeline.train.export import export_run
 
-    print(
-        export_run(
-            find_run(runs, run),
-            out,
-            format=format_,
-            which=which,
-            trust=tuple(trust),
-        )
-    )
+    console = new_console()
+
+    exported = export_run(find_run(runs, run), out, format=format_, which=which, trust=tuple(trust))
+    for line in str(exported).splitlines():
+        say(console, line)
 
 
 @commands.command(
-    epilog=(
-        "Example: spiketrain check recipes/fashion/sltt.py; "
-        "spiketrain check mysnn.nets:small --input 4,8,2,32,32"
-    )
+    rich_help_panel=MODELS,
+    epilog=example(
+        "spiketrain check recipes/fashion/sltt.py",
+        "spiketrain check mysnn.nets:small --input 4,8,2,32,32",
+    ),
 )
 def check(
     context: typer.Context,
@@ -220,11 +230,11 @@ def check(
     changes: Sets = [],  # noqa: B006
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Look for common faults of a spiking network on one batch, in float64.
+    """Look for common faults of a spiking network on one batch.
 
-    Samples that depend on their batch, steps in slices that differ from all steps at once, state
-    that outlives a batch, wrong gradients, silent layers, and batch norm that differs in
-    evaluation. The exit code is 1 if there is a fault.
+    In float64: samples that depend on their batch, steps in slices that differ from all steps at
+    once, state that outlives a batch, wrong gradients, silent layers, and batch norm that differs
+    in evaluation. The exit code is 1 if there is a fault.
     """
     is_recipe, is_builder = network.endswith(".py"), ":" in network
     for option, is_given, kind, fits in (
@@ -250,9 +260,12 @@ def check(
     sys.exit(any(verdict.state == "fault" for verdict in verdicts))
 
 
-@commands.command(epilog="Example: spiketrain models")
+@commands.command(rich_help_panel=MODELS, epilog=example("spiketrain models"))
 def models() -> None:
-    """List the networks that were published for ImageNet. The published weights of all are read."""
+    """List the networks that were published for ImageNet.
+
+    The published weights of all are read.
+    """
     from pipeline.core.printing import new_console, number, print_table, prose, say
     from pipeline.models import (
         e_spikeformer,
@@ -368,7 +381,7 @@ def _print_verdicts(verdicts: Any, source: str) -> None:
     from pipeline.core.printing import new_console, say
 
     console = new_console()
-    styles = {"ok": "green", "note": "yellow", "fault": "bold red"}
+    styles = {"ok": "", "note": "bold", "fault": "bold red"}
     for verdict in verdicts:
         label = Text.assemble((f"{verdict.state:5}", styles[verdict.state]), " ")
         label.append(f"{verdict.question:10}")

@@ -5,7 +5,9 @@ the standard library. Each command itself imports the modules that need torch, R
 """
 
 import ast
+import inspect
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,15 +16,30 @@ import typer
 from typer.core import TyperCommand
 
 from pipeline.core.checks import require
+from pipeline.core.printing import ACCENT
+from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.recipe_files import load_recipe
-from pipeline.recipe.suite import Suite
+from pipeline.recipe.suite import Suite, is_suite
+
+# The groups of commands in `spiketrain --help`
+TRAIN, COMPARE, DATA, MODELS, CLUSTER = "Train", "Compare", "Data", "Models", "Cluster"
+
+
+def example(*commands: str) -> str:
+    """The text below a command's help. Each command has a line of its own, so it can be copied."""
+    return "\n".join(("Example:", *(f"[{ACCENT}]{each}[/]" for each in commands)))
 
 
 class Command(TyperCommand):
     """A command that refuses two values for an option that takes one value. Without this
-    check, the first value would have no effect.
+    check, the first value would have no effect. Its help has one line for each paragraph, which
+    the terminal wraps.
     """
+
+    def __init__(self, *args: Any, help: str | None = None, **settings: Any) -> None:
+        one_line = re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(help or ""))
+        super().__init__(*args, help=one_line, **settings)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _, _, typed = self.make_parser(ctx).parse_args(args=list(args))
@@ -70,15 +87,35 @@ def count_option(name: str, *, noun: str, **settings: Any) -> Any:
     return typer.Option(name, callback=parse, **settings)
 
 
+def run_names(context: typer.Context, incomplete: str) -> list[str]:
+    """The names of runs and suites that a shell offers for the beginning of a name."""
+    folder = Path(context.params.get("runs") or RUNS)
+    folders = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [
+        each.name
+        for each in folders
+        if each.name.startswith(incomplete) and (RunFolder(each).recipe.exists() or is_suite(each))
+    ]
+
+
 RecipeFile = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="a Python file that defines recipe()")
 ]
 RunOrSuite = Annotated[
     str,
-    typer.Argument(metavar="RUN|SUITE", help="folder of a run or suite, or its name under --runs"),
+    typer.Argument(
+        metavar="RUN|SUITE",
+        help="folder of a run or suite, or its name under --runs",
+        autocompletion=run_names,
+    ),
 ]
 RunName = Annotated[
-    str, typer.Argument(metavar="RUN", help="folder of a run, or its name under --runs")
+    str,
+    typer.Argument(
+        metavar="RUN",
+        help="folder of a run, or its name under --runs",
+        autocompletion=run_names,
+    ),
 ]
 Runs = Annotated[Path, typer.Option("--runs", metavar="DIR", help="folder that contains the runs")]
 Sets = Annotated[

@@ -6,12 +6,27 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.options import RUNS, Commands, Runs, Trust, is_set_by_user, number_option
+from pipeline.cli.options import (
+    COMPARE,
+    RUNS,
+    TRAIN,
+    Commands,
+    Runs,
+    Trust,
+    example,
+    is_set_by_user,
+    number_option,
+    run_names,
+)
 from pipeline.core.stages import say_stage
 
 Names = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[STUDY|RUN]... | SUITE", help="default: the newest study"),
+    typer.Argument(
+        metavar="STUDY|RUN|SUITE",
+        autocompletion=run_names,
+        help="several studies or runs, or one suite; default: the newest study",
+    ),
 ]
 Against = Annotated[str, typer.Option("--against", metavar="RULE", help="the baseline rule")]
 Within = Annotated[
@@ -25,7 +40,7 @@ Within = Annotated[
 commands = Commands()
 
 
-@commands.command(epilog="Example: spiketrain compare --format json")
+@commands.command(rich_help_panel=COMPARE, epilog=example("spiketrain compare --format json"))
 def compare(
     names: Names = None,
     against: Against = "BPTT",
@@ -34,8 +49,9 @@ def compare(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006  (typer reads the default, nothing changes it)
 ) -> None:
-    """Print cost and accuracy of each rule, with ratios to the baseline of the same study. If a
-    suite has its own report, print this report.
+    """Print accuracy and cost of each rule, beside the baseline's.
+
+    The baseline is that of the same study. If a suite has its own report, this report is printed.
     """
     from pipeline.report.compare import print_comparison
     from pipeline.report.selection import locate
@@ -48,7 +64,9 @@ def compare(
     print_suite(suite, against=against, within=within, format=format_, trust=tuple(trust))
 
 
-@commands.command(epilog="Example: spiketrain report claims-fashion-20260105-120000")
+@commands.command(
+    rich_help_panel=COMPARE, epilog=example("spiketrain report claims-fashion-20260105-120000")
+)
 def report(
     names: Names = None,
     out: Annotated[
@@ -70,7 +88,7 @@ def report(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Write one HTML page of figures and tables: each rule's costs and savings beside the baseline.
+    """Write the comparison as one HTML page, with figures.
 
     The page needs no network. MLflow stores it with each suite that launched one of the runs.
     """
@@ -93,7 +111,9 @@ def report(
         print("no artifact in MLflow: these runs belong to no suite", file=sys.stderr)
 
 
-@commands.command(epilog="Example: spiketrain dashboard --store sqlite:///runs/mlflow.db")
+@commands.command(
+    rich_help_panel=COMPARE, epilog=example("spiketrain dashboard --store sqlite:///runs/mlflow.db")
+)
 def dashboard(
     context: typer.Context,
     store: Annotated[
@@ -126,8 +146,9 @@ def dashboard(
         ),
     ] = 5.0,
 ) -> None:
-    """Serve live figures of an MLflow store in the browser: studies, their runs, and training runs
-    in progress.
+    """Serve the comparison in the browser, live while runs train.
+
+    The dashboard shows all studies of an MLflow store.
     """
     if store is not None and is_set_by_user(context, "runs"):
         raise ValueError(
@@ -139,9 +160,11 @@ def dashboard(
     serve(store=store, runs=runs, host=host, port=port, token=token, every=every)
 
 
-@commands.command("runs", epilog="Example: spiketrain runs --runs /scratch/runs")
+@commands.command(
+    "runs", rich_help_panel=TRAIN, epilog=example("spiketrain runs --runs /scratch/runs")
+)
 def runs_(runs: Runs = RUNS) -> None:
-    """List suites and runs with their states, and the commands that resume unfinished ones."""
+    """List suites and runs, and the commands that resume them."""
     from pipeline.report.selection import print_runs
 
     print_runs(runs)

@@ -44,8 +44,8 @@ Infra = Annotated[
         "--infra",
         metavar="DIR",
         help=(
-            "k8s, required: a kustomize folder, such as infra/k8s/overlays/SIZE/job; for slurm,"
-            " a folder with a train.sbatch (default infra/slurm)"
+            "k8s, required: a kustomize folder: SIZE/job in infra/k8s/overlays; for slurm, a folder"
+            " with a train.sbatch (default infra/slurm)"
         ),
     ),
 ]

@@ -7,7 +7,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.options import RUNS, Commands, RunName, RunOrSuite, Runs
+from pipeline.cli.options import (
+    CLUSTER,
+    MODELS,
+    RUNS,
+    Commands,
+    RunName,
+    RunOrSuite,
+    Runs,
+    example,
+)
+from pipeline.core.printing import new_console, say
 from pipeline.core.units import counted
 from pipeline.recipe.suite import is_suite, runs_of
 from pipeline.track.mlflow_store import without_password
@@ -16,29 +26,36 @@ from pipeline.track.run_state import state_of
 commands = Commands()
 
 
-@commands.command(epilog="Example: spiketrain sync fashion-sltt-20260105-120000")
+@commands.command(
+    rich_help_panel=CLUSTER, epilog=example("spiketrain sync fashion-sltt-20260105-120000")
+)
 def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
-    """Send a run, or each run of a suite, to MLflow. Points that MLflow already has are skipped."""
+    """Send a run, or each run of a suite, to MLflow.
+
+    Points that MLflow already has are skipped.
+    """
     from pipeline.report.selection import find_run
     from pipeline.track import mlflow
 
-    target = find_run(runs, run, suites=True)
+    console, target = new_console(), find_run(runs, run, suites=True)
     uri = mlflow.tracking_uri(target.parent)
     folders = [target]
     if is_suite(target):
         folders = [each for each in runs_of(target).values() if state_of(each) != "new"]
     for folder in folders:
         report = mlflow.sync(folder, uri=uri)
-        print(
+        say(
+            console,
             f"{folder.name} -> {without_password(uri)}: {counted(report.delivered, 'point')}"
-            f" delivered, {report.already_there} already there"
+            f" delivered, {report.already_there} already there",
         )
     if not folders:
         print(f"{target.name}: no run of this suite has begun")
 
 
 @commands.command(
-    epilog="Example: spiketrain register fashion-sltt-20260105-120000 --as fashion --which best"
+    rich_help_panel=MODELS,
+    epilog=example("spiketrain register fashion-sltt-20260105-120000 --as fashion --which best"),
 )
 def register(
     run: RunName,
@@ -56,8 +73,9 @@ def register(
     ] = "last",
     runs: Runs = RUNS,
 ) -> None:
-    """Register a run's checkpoint as a version of a model in MLflow. The checkpoint itself is not
-    uploaded: MLflow gets its address.
+    """Register a checkpoint as a version of a model in MLflow.
+
+    The checkpoint itself is not uploaded: MLflow gets its address.
     """
     from pipeline.report.selection import find_run
     from pipeline.track import mlflow
@@ -76,13 +94,16 @@ def register(
     version = mlflow.register(
         folder, checkpoint, name=name, alias=which, uri=mlflow.tracking_uri(folder.parent)
     )
-    print(
+    say(
+        new_console(),
         f"{folder.name} -> models:/{name}@{which}, version {version}:"
-        f" {checkpoint.resolve().as_uri()}"
+        f" {checkpoint.resolve().as_uri()}",
     )
 
 
-@commands.command(epilog="Example: spiketrain doctor --address auto --runs /shared/runs")
+@commands.command(
+    rich_help_panel=CLUSTER, epilog=example("spiketrain doctor --address auto --runs /shared/runs")
+)
 def doctor(
     address: Annotated[
         str | None,
@@ -104,9 +125,10 @@ def doctor(
         ),
     ] = None,
 ) -> None:
-    """Check this machine, or each node of the cluster at --address, and advise what to repair.
+    """Check this machine, or a cluster, and advise what to repair.
 
-    The exit code is 1 if a training run would fail, or if MLflow cannot be used.
+    With --address each node of a Ray cluster is checked. The exit code is 1 if a training run would
+    fail, or if MLflow cannot be used.
     """
     from pipeline.launch.preflight import preflight, print_findings
 

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pipeline.cli.options import Commands, number_option
+from pipeline.cli.options import DATA, Commands, example, number_option
+from pipeline.core.printing import new_console
 from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
 
@@ -49,9 +49,9 @@ commands = Commands()
 write = Commands(
     no_args_is_help=True,
     help="Write a data set as FFCV files.",
-    epilog="Example: spiketrain write fashion --out data/fashion",
+    epilog=example("spiketrain write fashion --out data/fashion"),
 )
-commands.add_typer(write, name="write")
+commands.add_typer(write, name="write", rich_help_panel=DATA)
 
 Out = Annotated[
     Path, typer.Option("--out", metavar="DIR", help="folder for train.beton and val.beton")
@@ -67,7 +67,7 @@ MaxUnreadable = Annotated[
 ]
 
 
-@write.command("fashion", epilog="Example: spiketrain write fashion --out data/fashion")
+@write.command("fashion", epilog=example("spiketrain write fashion --out data/fashion"))
 def write_fashion(
     out: Out,
     source: Annotated[
@@ -90,9 +90,8 @@ def write_fashion(
 
 @write.command(
     "folder",
-    epilog=(
-        "Example: spiketrain write folder --source imagenet --out data/imagenet --mode jpg"
-        " --max-resolution 500 --exif ignore"
+    epilog=example(
+        "spiketrain write folder --source pictures --out data/pictures --max-resolution 256"
     ),
 )
 def write_folder(
@@ -149,11 +148,15 @@ def write_folder(
     report_written(written)
 
 
-@write.command("events", epilog="Example: spiketrain write events moving --out data/moving")
+@write.command("events", epilog=example("spiketrain write events moving --out data/moving"))
 def write_events(
     name: Annotated[
         Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"],
-        typer.Argument(metavar="SET"),
+        typer.Argument(
+            metavar="SET",
+            show_choices=False,
+            help="moving, saccades, nmnist, cifar10dvs, gesture or ncaltech101",
+        ),
     ],
     out: Out,
     source: EventSource = None,
@@ -212,7 +215,7 @@ def write_events(
 
 @write.command(
     "stamps",
-    epilog="Example: spiketrain write stamps --out data/stamps-0 --size 160 --split 0 --workers 2",
+    epilog=example("spiketrain write stamps --out data/stamps-0 --size 160 --split 0 --workers 2"),
 )
 def write_stamps(
     out: Out,
@@ -276,7 +279,7 @@ def write_stamps(
     report_written(written)
 
 
-@commands.command(epilog="Example: spiketrain verify data/fashion")
+@commands.command(rich_help_panel=DATA, epilog=example("spiketrain verify data/fashion"))
 def verify(
     path: Annotated[
         Path, typer.Argument(metavar="FILE", help="a .beton file, or a folder of them")
@@ -299,7 +302,7 @@ def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
     """Show a progress bar on a terminal. If too many samples are unreadable, list them."""
     from pipeline.data.write.writer import TooManyUnreadable
 
-    console = Console(stderr=True)
+    console = new_console(stderr=True)
     try:
         with Progress(
             TextColumn("{task.description}"),
@@ -309,7 +312,7 @@ def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
             console=console,
             disable=not console.is_terminal,
         ) as progress:
-            task = progress.add_task(name, total=None)
+            task = progress.add_task(f"write {name}", total=None)
             yield lambda done, total: progress.update(task, completed=done, total=total)
     except TooManyUnreadable as error:
         _list_entries("unreadable", error.unreadable)

@@ -15,10 +15,22 @@ from itertools import zip_longest
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
+from rich.theme import Theme
 
 # The console's width if there is no terminal. Other code that prints on the console, such as a
 # suite's report, wraps at this width.
 NO_WIDTH = 10_000
+# The only colour besides those of errors: it marks what can be typed. It is legible on black and on
+# white. rich leaves it out if NO_COLOR is set.
+ACCENT = "magenta"
+_COMMAND = "spiketrain "  # the beginning of a text that can be typed
+_THEME = Theme(  # rich's progress bars without its colours
+    {
+        **{f"bar.{part}": "none" for part in ("complete", "finished", "pulse")},
+        "bar.back": "dim",
+        **{f"progress.{part}": "none" for part in ("download", "elapsed", "remaining")},
+    }
+)
 _GAP = "  "  # between columns
 _PROSE_WIDTH = 28  # of a wrapped column in a terminal
 _NO_BREAK = "\ue000"  # replaces a space that must not end a line
@@ -47,7 +59,7 @@ def new_console(*, stderr: bool = False) -> Console:
     Without a terminal its width is `NO_WIDTH`, and the variable COLUMNS is ignored.
     """
     is_terminal = (sys.stderr if stderr else sys.stdout).isatty()
-    return Console(stderr=stderr) if is_terminal else Console(stderr=stderr, width=NO_WIDTH)
+    return Console(stderr=stderr, theme=_THEME, width=None if is_terminal else NO_WIDTH)
 
 
 def has_width(console: Console) -> bool:
@@ -62,7 +74,7 @@ def say(
     whole: Iterable[str] = (),
     style: str = "",
 ) -> None:
-    """Print a sentence, wrapped between words.
+    """Print a sentence, wrapped between words. Commands that are never broken are coloured.
 
     Args:
         label: text before the first line. The other lines are indented by its width, unless it is
@@ -75,14 +87,28 @@ def say(
     if label.cell_len > width // 2:
         text, label = label.plain + text, Text()
     indent = Text(" " * label.cell_len)
+    commands = [
+        part for part in (*whole, *re.findall("`([^`]*)`", text)) if part.startswith(_COMMAND)
+    ]
     for line in _wrap(text, width - len(indent), whole):
         if cell_len(line) > width - len(indent):
             label.rstrip()
             if label.plain:
                 _print(console, label)
             label = Text()
-        _print(console, Text.assemble(label, (line, style)))
+        shown = Text.assemble(label, (line, style))
+        if commands:
+            shown.highlight_words(commands, ACCENT)
+        _print(console, shown)
         label = indent
+
+
+def say_next(console: Console, commands: Iterable[str]) -> None:
+    """Print the commands that the user can type next, each on a line of its own."""
+    label = "next"
+    for each in commands:
+        say(console, each, label=f"{label:8}", whole=[each])
+        label = ""
 
 
 def print_fields(console: Console, fields: Mapping[str, str]) -> None:
@@ -125,12 +151,12 @@ def print_table(
     body, widths, parts = _laid_out(table, texts, keys, console, is_narrow=False)
     if len(parts) > 1:
         body, widths, parts = _laid_out(table, texts, keys, console, is_narrow=True)
-    heads = [_wrap(each.title, width) for each, width in zip(table, widths, strict=True)]
-    height = max(map(len, heads))
-    heads = [[""] * (height - len(head)) + head for head in heads]  # aligned at the bottom
+    titles = [_wrap(each.title, width) for each, width in zip(table, widths, strict=True)]
     for number_of_part, part in enumerate(parts):
         if number_of_part:
             console.print()
+        height = max(len(titles[index]) for index in part)
+        heads = [[""] * (height - len(title)) + title for title in titles]  # aligned at the bottom
         for cells, style in ((heads, "bold"), *((row, "") for row in body)):
             for pieces in zip_longest(*(cells[index] for index in part), fillvalue=""):
                 aligned = (
@@ -157,7 +183,7 @@ def _laid_out(
             [
                 piece
                 for line in text.replace("\t", "\n" if is_narrow else _GAP).split("\n")
-                for piece in (_wrap(line, _PROSE_WIDTH) if is_narrow and each.wraps else [line])
+                for piece in (_wrap_list(line) if is_narrow and each.wraps else [line])
             ]
             for text, each in zip(row, table, strict=True)
         ]
@@ -199,6 +225,12 @@ def _wrap(text: str, width: int, whole: Iterable[str] = ()) -> list[str]:
         else:
             lines[-1] = longer
     return [line.rstrip().replace(_NO_BREAK, " ") for line in lines]
+
+
+def _wrap_list(text: str) -> list[str]:
+    """Wrap the text of a cell. An item between commas is broken only if it is too long."""
+    items = [item for item in text.split(", ") if cell_len(item) < _PROSE_WIDTH]
+    return _wrap(text, _PROSE_WIDTH, items)
 
 
 def _longest_word(text: str) -> int:

@@ -1,8 +1,10 @@
 """Progress of a command: a line on stderr before each slow stage. stdout has only the result."""
 
 import sys
+import textwrap
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
+from shutil import get_terminal_size
 from types import ModuleType
 
 _SLOW = ("torch", "ray", "mlflow")  # packages that take seconds to import
@@ -10,7 +12,16 @@ _SLOW = ("torch", "ray", "mlflow")  # packages that take seconds to import
 
 def say_stage(stage: str) -> None:
     """Announce a stage that may take seconds."""
-    print(f"spiketrain: {stage} ...", file=sys.stderr, flush=True)
+    text = f"spiketrain: {stage} ..."
+    if sys.stderr.isatty():  # a terminal would break words
+        text = textwrap.fill(
+            text,
+            get_terminal_size().columns,
+            subsequent_indent="  ",
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+    print(text, file=sys.stderr, flush=True)
 
 
 def announce_imports() -> None:

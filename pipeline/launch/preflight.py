@@ -69,7 +69,7 @@ class NodeReport:
 # address is None.
 Stores = Mapping[str, Marker | None]
 
-_LABELS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "bad": ("BAD", "bold red")}
+_LABELS = {"ok": ("ok", ""), "warn": ("warn", "bold"), "bad": ("BAD", "bold red")}
 
 
 def preflight(

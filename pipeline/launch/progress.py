@@ -1,5 +1,6 @@
-"""The progress display of a run: a bar on a terminal, plain lines elsewhere."""
+"""The progress display of a run: a bar that names the phase on a terminal, else plain lines."""
 
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -30,6 +31,13 @@ from pipeline.track.journal import Follower, Record, number
 from pipeline.track.mlflow_store import without_password
 
 _TASK = TaskID(0)  # the only task of the bar
+_PHASES: dict[type[Event], str] = {  # the phase that begins with an event
+    events.Start: "compile readers",
+    events.FirstBatch: "warm up",
+    events.Evaluating: "evaluate",
+    events.Evaluation: "save",
+    events.Finish: "finished",
+}
 
 
 class ProgressDisplay:
@@ -80,15 +88,16 @@ class ProgressDisplay:
                 console=self._console,
                 refresh_per_second=4,
             )
-            self._bar.add_task("", text="")
+            self._bar.add_task("start workers", total=None, text="")
+            self._bar.start()
         self._start: events.Start | None = None
         # Step and time at which the attempt started, or at which its first batch ended.
         self._first_step, self._first_time = 0, 0.0
         self._accuracy = ""  # top-1 of the last evaluation
-        self._print(str(folder), label="run     ")
-        self._print(without_password(mlflow_uri), label="mlflow  ")
+        self._print(f"run     {folder}")
+        self._print(f"mlflow  {without_password(mlflow_uri)}")
         if resume_command:
-            self._print(resume_command, label="resume  ", whole=[resume_command])
+            self._print(f"resume  {resume_command}", whole=[resume_command])
         self._print("waiting for the workers, which import torch and build the network")
 
     def update(self) -> None:
@@ -140,27 +149,29 @@ class ProgressDisplay:
     def _update_state(self, event: Event) -> None:
         if isinstance(event, (events.Start, events.FirstBatch)):
             self._first_step, self._first_time = event.step, event.time
+        if isinstance(event, events.Start):
+            self._start = event
+        if type(event) in _PHASES:
+            self._show_phase(_PHASES[type(event)])
         if isinstance(event, events.Evaluation):
             self._accuracy = _percent(event.metrics["top1"]) if "top1" in event.metrics else ""
         elif isinstance(event, events.Start):
-            self._start = event
             if self._bar is not None:
-                self._bar.start()
-                self._bar.reset(
-                    _TASK,
-                    description=event.rule,
-                    total=event.total_steps,
-                    completed=event.step,
-                    text="",
-                )
+                self._bar.reset(_TASK, total=event.total_steps, completed=event.step, text="")
         elif isinstance(event, events.Finish) and self._bar is not None and self._start is not None:
             self._bar.update(_TASK, completed=self._start.total_steps)
+
+    def _show_phase(self, phase: str) -> str:
+        """Name the phase in the bar, after the rule. Returns the text."""
+        text = phase if self._start is None else f"{self._start.rule}  {phase}"
+        if self._bar is not None:
+            self._bar.update(_TASK, description=text)
+        return text
 
     def _show_step(self, event: events.Step) -> None:
         metrics, start = event.metrics, self._start
         epochs, total = ("?", "?") if start is None else (start.epochs, start.total_steps)
         parts = [
-            f"epoch {event.epoch + 1}/{epochs}",
             f"{_short(metrics.get('images_per_s'))} images/s",
             f"loss {_short(metrics.get('loss'))}",
             f"top-1 {_percent(metrics.get('top1'))}"
@@ -172,7 +183,7 @@ class ProgressDisplay:
             columns = (
                 "00:00:00",
                 "00:00:00",
-                start.rule,
+                self._show_phase(f"epoch {event.epoch + 1} of {epochs}"),
                 "-" * self._bar_width,
                 f"{total}/{total}",
             )
@@ -187,10 +198,14 @@ class ProgressDisplay:
             if start is not None and done > 0:
                 left_s = int((start.total_steps - event.step) * seconds / done)
                 parts.append(f"{timedelta(seconds=left_s)} left")
-            self._print(f"step {event.step}/{total}  {'  '.join(parts)}")
+            epoch = f"epoch {event.epoch + 1}/{epochs}"
+            self._print("  ".join((f"step {event.step}/{total}", epoch, *parts)))
 
-    def _print(self, line: str, *, label: str = "", whole: Sequence[str] = ()) -> None:
-        say(self._console, line, label=f"{self._prefix}{label}", whole=whole)
+    def _print(self, line: str, *, whole: Sequence[str] = ()) -> None:
+        """Print a line, which is wrapped beside its label, such as `start   `."""
+        text = re.sub(r"^\w+ {2,}", "", line)
+        label = line.removesuffix(text)
+        say(self._console, text, label=f"{self._prefix}{label}", whole=whole)
 
 
 # ------------------------------------------------------------------------------ lines of events

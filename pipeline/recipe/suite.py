@@ -521,22 +521,26 @@ def command(verb: str, folder: Path, *, address: str | None = None) -> str:
     The `--trust` words are only printed, never applied automatically. A folder may come from
     somebody else, so the user decides which packages to trust.
     """
-    runs_words = (
-        []
-        if folder.parent.absolute() == Path("runs").absolute()
-        else ["--runs", str(folder.parent)]
-    )
     address_words = [] if address is None else ["--address", address]
     return shlex.join(
         [
             "spiketrain",
             verb,
             folder.name,
-            *runs_words,
+            *_runs_words(folder.parent),
             *address_words,
             *trust_words(own_code.names(folder)),
         ]
     )
+
+
+def dashboard_command(runs: Path) -> str:
+    """`spiketrain dashboard` for a folder of runs."""
+    return shlex.join(["spiketrain", "dashboard", *_runs_words(runs)])
+
+
+def _runs_words(runs: Path) -> list[str]:
+    return [] if runs.absolute() == Path("runs").absolute() else ["--runs", str(runs)]
 
 
 def how_to_resume(folder: Path) -> str:

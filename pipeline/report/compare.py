@@ -92,7 +92,7 @@ class Comparison:
         }
 
     def render(self, console: Console) -> None:
-        """Print the costs, the conditions of each rule, and the notes.
+        """Print the costs, the conditions of each rule, the notes, and the answer.
 
         Each rule has one line: the mean over its runs ± the standard deviation, and × the ratio
         to the baseline over paired seeds. If all runs of a rule diverged, its line says so.
@@ -109,7 +109,7 @@ class Comparison:
         print_table(console, ("rule", *columns), rows, title="conditions of each rule")
         differences = (each.text(self.group.within) for each in self.group.differences)
         for note in (*differences, *self.notes):
-            say(console, note)
+            say(console, note, label="- ")
         for run in self.unfinished:
             label, resume = f"{run.name} ({run.rule})", how_to_resume(run.folder)
             if run.state != "diverged":
@@ -121,6 +121,9 @@ class Comparison:
                 )
             elif run in self.elsewhere:  # a note names the other diverged runs
                 say(console, f"not in the table: {label} diverged under other conditions")
+        if answer := tables.conclusion(self.group):
+            console.print()
+            say(console, answer, style="bold")
 
     def _print_costs(self, console: Console) -> None:
         group, rows = self.group, []

@@ -229,13 +229,7 @@ def _print_measured(
         ]
         _print_rows(console, layer_rows, title="cosine with BPTT's gradient")
     console.print()
-    rules: dict[str, list[str]] = {}  # by the reason why they cannot train the network
-    for rule, reason in measured.refused.items():
-        rules.setdefault(reason.removeprefix(f"{rule}: "), []).append(rule)
-    if rules:
-        say(console, "not in the tables:")
-    for reason, refused in rules.items():
-        say(console, f"{', '.join(refused)}: {reason}", label="- ")
+    _say_refused(console, measured.refused)
     for reason in measured.uncompared.values():
         say(console, f"not compared: {reason}")
     if fastest is not None:
@@ -252,6 +246,17 @@ def _print_measured(
         f" {measured.time_steps}, before training; {format_hardware(measured.hardware)}",
     )
     say(console, probe_advice(measured))
+
+
+def _say_refused(console: Console, refused: Mapping[str, str]) -> None:
+    """Print the reasons why rules are not in the tables, each once."""
+    rules: dict[str, list[str]] = {}
+    for rule, reason in refused.items():
+        rules.setdefault(reason.removeprefix(f"{rule}: "), []).append(rule)
+    if rules:
+        say(console, "not in the tables:")
+    for reason, names in rules.items():
+        say(console, f"{', '.join(names)}: {reason}", label="- ")
 
 
 def _lowest_cosine(measured: Measured, cost: Cost) -> str:
@@ -422,8 +427,7 @@ def print_plan(plan: Plan, *, console: Console | None = None) -> None:
                 row[title] = f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
         rows.append(row)
     _print_rows(console, rows, title=f"{plan.recipe}: {_ESTIMATED}")
-    for reason in plan.refused.values():
-        say(console, f"not in the table: {reason}")
+    _say_refused(console, plan.refused)
     say(console, basis(plan))
     say(console, advice(plan))
 

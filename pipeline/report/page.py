@@ -7,7 +7,7 @@ The page and the dashboard share the figures of each view and the templates in w
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,7 +115,8 @@ def render(study: Study) -> str:
 
 
 def publish(found: StudyPage, page: Path) -> list[str]:
-    """Attach the page in MLflow to the parent run of each suite that launched some of the runs.
+    """Attach the page in MLflow to the parent run of each suite that launched some of the runs. The
+    parent also gets the table, as a description and as metrics.
 
     Returns:
         The ids of the parent runs; empty if no suite launched a run.
@@ -139,8 +140,26 @@ def publish(found: StudyPage, page: Path) -> list[str]:
         found.folders,
         name=found.place.name,
         data=text,
+        note="\n\n".join(tables.in_markdown(each) for each in study.groups if each.finished),
+        metrics=dict(_metrics(study)),
         uri=tracking_uri(found.folders[0].parent),
     )
+
+
+def _metrics(study: Study) -> Iterator[tuple[str, float]]:
+    """The means of each rule and its ratios to the baseline, by names that sort by metric.
+
+    MLflow has one value for a name, so they are those of the largest group.
+    """
+    group = study.groups[0]
+    for each in tables.columns_of_costs(group):
+        for rule in group.finished_rules:
+            for kind, spread in (
+                ("mean", group.spread(rule, each.name)),
+                (f"ratio to {group.against}", group.ratios(rule, each.name)),
+            ):
+                if spread is not None:
+                    yield f"{kind}/{each.name}/{rule}", spread.mean
 
 
 WEB = Path(__file__).parent / "web"

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from pipeline.core.printing import new_console, number, print_table, say
+from pipeline.core.printing import new_console, number, print_table, say, say_next
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import counted, first_few
 from pipeline.recipe import is_baseline
@@ -303,6 +303,7 @@ def print_runs(runs_dir: str | os.PathLike[str], console: Console | None = None)
     runs, suites = list_runs(runs_dir), list_suites(runs_dir)
     if not runs and not suites:
         say(console, f"no runs in {os.fspath(runs_dir)}")
+        say_next(console, ["spiketrain new mine"])
         return
     if suites:
         print_table(console, ("suite", "state"), [(suite.name, suite.state) for suite in suites])

@@ -173,25 +173,28 @@ class Group:
     @property
     def differences(self) -> list[Difference]:
         """The difference of each rule that shares at least two seeds with the baseline."""
-        base = self.by_seed(self.against, "top1")
         differences: list[Difference] = []
         for rule in (rule for rule in self.rules if rule != self.against):
-            top1 = self.by_seed(rule, "top1")
-            spread = spread_of([100 * (base[seed] - top1[seed]) for seed in base if seed in top1])
-            if spread is not None and spread.interval is not None:
-                low, high = spread.interval
+            loss = self.loss(rule)
+            if loss is not None and loss.interval is not None:
+                low, high = loss.interval
                 differences.append(
                     Difference(
                         baseline=self.against,
                         rule=rule,
-                        seeds=spread.runs,
-                        mean=spread.mean,
+                        seeds=loss.runs,
+                        mean=loss.mean,
                         low=low,
                         high=high,
                         diverged=self.lost(rule),
                     )
                 )
         return differences
+
+    def loss(self, rule: str) -> Spread | None:
+        """Baseline minus rule in points of accuracy, over paired seeds; None if none is common."""
+        base, top1 = (self.by_seed(each, "top1") for each in (self.against, rule))
+        return spread_of([100 * (base[seed] - top1[seed]) for seed in base if seed in top1])
 
     def of(self, rule: str) -> tuple[Run, ...]:
         return tuple(run for run in self.runs if run.rule == rule)

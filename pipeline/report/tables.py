@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ from pipeline.measure.constants import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.recipe.recipe import Split
 from pipeline.report.claims import Claim
 from pipeline.report.drawing import Cell, Table
-from pipeline.report.metrics import ENERGY, KEPT, METRICS, Metric, compared_metrics, metric
+from pipeline.report.metrics import COMPUTE, ENERGY, KEPT, METRICS, Metric, compared_metrics, metric
 from pipeline.report.results import (
     UNKNOWN,
     Run,
@@ -155,6 +156,67 @@ def headlines(group: Group) -> list[tuple[str, str]]:
             loss = losses.get(rule) or _without_interval(group, rule)
             lines.append((rule, f"{'. '.join(filter(None, (savings, loss)))}."))
     return lines
+
+
+class Headline(NamedTuple):
+    rule: str
+    sentence: str
+
+
+def headline(group: Group) -> Headline | None:
+    """The best rule of a group, and its costs and accuracy relative to the baseline in a sentence.
+
+    The best rule has the smallest product of its ratios of saved bytes and of compute time, among
+    the rules whose accuracy does not fail, or among all if all fail.
+
+    Returns:
+        None without a baseline, or without another rule that has both ratios.
+    """
+    failing = {each.rule for each in group.differences if each.verdict(group.within) == "fails"}
+    ratios: dict[str, tuple[float, float]] = {}
+    for rule in group.rules:
+        memory, time = (group.ratios(rule, name) for name in ("peak_saved_bytes", COMPUTE))
+        if rule != group.against and memory is not None and time is not None:
+            ratios[rule] = memory.mean, time.mean
+    if not ratios:
+        return None
+    best = min(
+        ratios,
+        key=lambda rule: (rule in failing or group.lost(rule) > 0, math.prod(ratios[rule])),
+    )
+    memory, time = (_percent(ratio) for ratio in ratios[best])
+    base = group.base_of(COMPUTE)
+    whose = "its" if base == group.against else f"{base}'s"
+    return Headline(
+        best,
+        f"{best} used {memory} of {group.against}'s memory and {time} of {whose} time"
+        f" {_at_points(group, best)}",
+    )
+
+
+def conclusion(group: Group) -> str:
+    """The headline of a group, or the costs of its only rule; "" if there is neither."""
+    if best := headline(group):
+        return best.sentence
+    if len(group.finished_rules) != 1:
+        return ""
+    [rule] = group.finished_rules
+    words = {"top1": "top-1", "peak_saved_bytes": "saved for backward", "wall_s": "of training"}
+    shown = {text: format_metric(group, rule, metric(name)) for name, text in words.items()}
+    costs = ", ".join(f"{each.mean} {text}" for text, each in shown.items() if each)
+    return f"{rule}: {costs}"
+
+
+def in_markdown(group: Group) -> str:
+    """The conclusion of a group, and its costs as a table in Markdown."""
+    columns = columns_of_costs(group)
+    rows = [["rule", *(each.title for each in columns)], ["---"] * (len(columns) + 1)]
+    for rule in group.finished_rules:
+        cells = (format_metric(group, rule, each) for each in columns)
+        rows.append([rule, *("-" if each is None else each.in_a_line() for each in cells)])
+    answer = conclusion(group)
+    lines = [f"**{answer}**", ""] if answer else []
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
 
 
 def costs(group: Group) -> Table:
@@ -380,6 +442,22 @@ def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
         return f"{value / 60:.1f} min" if size >= 60 else f"{value:.1f} s"
     scale, unit = unit_of(metric.unit, [size])
     return f"{rounded(value / scale, digits=4 if like is None else 2)} {unit}".rstrip()
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:.{0 if ratio >= 0.01 else 2}f} %"
+
+
+def _at_points(group: Group, rule: str) -> str:
+    """The difference of accuracy: `at -0.3 points (-0.9 to 0.3)`, and what was clearly lost."""
+    loss = group.loss(rule)
+    if loss is None:
+        return "without a measured accuracy"
+    low, high = loss.interval or (0.0, 0.0)
+    interval = "one seed" if loss.interval is None else f"{-high:z.1f} to {-low:z.1f}"
+    at = f"at {-loss.mean:z.1f} points ({interval})"
+    clear = "a clear loss of accuracy" if low > 0 else ""
+    return ", ".join(filter(None, (at, clear, group.describe_lost(rule))))
 
 
 def _savings(group: Group, rule: str) -> Iterator[str]:

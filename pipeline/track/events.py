@@ -231,6 +231,11 @@ class Step(_AtStep):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluating(_AtStep):
+    """An evaluation begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluation(_AtStep, durable=True, sends_journal=True, measures_weights=True):
     epoch: int  # the last epoch that has ended, from 0
     samples: int  # number of evaluated samples

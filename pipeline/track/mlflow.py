@@ -21,6 +21,7 @@ import hashlib
 import os
 import re
 import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -37,7 +38,9 @@ from pipeline.track.journal import Follower, Journal, Record, first, last_event,
 from pipeline.track.mlflow_store import (
     DIVERGED_TAG,
     KIND_TAG,
+    NOTE_TAG,
     PARENT_OF,
+    RESUME,
     RUN_TAG,
     SQLITE,
     TrackingError,
@@ -54,6 +57,7 @@ from pipeline.track.mlflow_store import (
 from pipeline.track.run_state import is_driven
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
 CHECKPOINT_TAG = "spiketrain.checkpoint"  # the URI of a run's newest checkpoint
@@ -297,8 +301,8 @@ class Delivery:
         experiment_id = experiment_of(
             self.client, start, uri=self._uri, runs_dir=self.run_dir.parent
         )
-        self._parent_id = parent_of(self.client, experiment_id, start)
         self._suite = suite_of(self.run_dir, start)
+        self._parent_id = parent_of(self.client, experiment_id, start, suite=self._suite)
         run = self._find_or_create(experiment_id, start)
         self._params, self._tags = dict(run.data.params), dict(run.data.tags)
         self._status = (run.info.status, run.info.end_time or 0)  # milliseconds
@@ -319,7 +323,11 @@ class Delivery:
                 # The process that created the parent died before it set the tag.
                 self.client.set_tag(run_id, PARENT_OF, self._parent_id)
             return run
-        tags = {RUN_TAG: uuid, KIND_TAG: "run"}
+        tags = {
+            RUN_TAG: uuid,
+            KIND_TAG: "run",
+            NOTE_TAG: f"{RESUME}`{start.get('resume_command', '')}`",
+        }
         if self._parent_id:
             tags[PARENT_OF] = self._parent_id
         return self.client.create_run(
@@ -502,7 +510,16 @@ def _key(name: str) -> str:
     return re.sub(r"[^\w\-. :/]", "_", str(name))[:250]
 
 
-def log_report(page: Path, runs: Sequence[Path], *, name: str, data: str, uri: str) -> list[str]:
+def log_report(
+    page: Path,
+    runs: Sequence[Path],
+    *,
+    name: str,
+    data: str,
+    note: str,
+    metrics: Mapping[str, float],
+    uri: str,
+) -> list[str]:
     """Log an HTML page as the artifact `name` of the parents of these runs. Returns the ids of the
     parents.
 
@@ -510,7 +527,8 @@ def log_report(page: Path, runs: Sequence[Path], *, name: str, data: str, uri: s
 
     Args:
         data: the content of the page as JSON. If `name` is `report.html`, a suite's own report,
-            the data is logged as `report.json`.
+            the data is logged as `report.json`, and `note` and `metrics` are logged, too.
+        note: the description in Markdown.
 
     Raises:
         TrackingError: MLflow cannot be used.
@@ -524,16 +542,38 @@ def log_report(page: Path, runs: Sequence[Path], *, name: str, data: str, uri: s
     for run, start in run_by_parent.values():
         with tracking_errors(uri), one_at_a_time(run.parent):
             client = connect(uri)
-            parent = parent_of(
-                client, experiment_of(client, start, uri=uri, runs_dir=run.parent), start
-            )
+            suite = suite_of(run, start)
+            experiment_id = experiment_of(client, start, uri=uri, runs_dir=run.parent)
+            parent = parent_of(client, experiment_id, start, suite=suite)
             assert parent is not None, "the start event names a parent"
             if name == REPORT:
                 client.log_text(parent, data, REPORT_DATA)
+                _describe_parent(client, parent, note, metrics)
             client.log_text(parent, page.read_text(), name)
-            set_parent_status(client, parent, suite=suite_of(run, start))  # the parent may be new
+            set_parent_status(client, parent, suite=suite)  # the parent may be new
         parents.append(parent)
     return parents
+
+
+def _describe_parent(
+    client: "MlflowClient", parent_id: str, note: str, metrics: Mapping[str, float]
+) -> None:
+    """Set the description and the metrics of a parent. Equal metrics are not sent again.
+
+    A description that does not end with the resume command is the user's, and is kept.
+    """
+    from mlflow.entities import Metric
+
+    parent, now = client.get_run(parent_id), int(time.time() * 1000)
+    resume = parent.data.tags.get(NOTE_TAG, "").rpartition("\n")[2]
+    if resume.startswith(RESUME):
+        client.set_tag(parent_id, NOTE_TAG, f"{note[:4500]}\n\n{resume}")
+    points = [
+        Metric(_key(name), value, now, 0)
+        for name, value in metrics.items()
+        if parent.data.metrics.get(_key(name)) != value
+    ]
+    client.log_batch(parent_id, metrics=points)
 
 
 def register(

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.core.files import is_name
 from pipeline.core.secrets import without_secrets
-from pipeline.recipe.suite import is_suite, runs_of, sources_in
+from pipeline.recipe.suite import how_to_resume, is_suite, runs_of, sources_in
 from pipeline.track.journal import Record
 from pipeline.track.run_state import is_driven
 
@@ -110,6 +110,8 @@ PARENT_TAG = "spiketrain.study_parent"
 KIND_TAG = "spiketrain.kind"
 DIVERGED_TAG = "spiketrain.diverged"
 PARENT_OF = "mlflow.parentRunId"
+NOTE_TAG = "mlflow.note.content"  # the description, in Markdown
+RESUME = "Resume: "  # the beginning of the last line of a description
 LOCK_TIMEOUT_S = 120.0  # another delivery takes seconds, unless its process is suspended
 
 
@@ -141,7 +143,9 @@ def _artifacts(uri: str, runs_dir: Path, name: str) -> str | None:
     return ((runs_dir if file is None else file.parent).resolve() / "mlartifacts" / folder).as_uri()
 
 
-def parent_of(client: "MlflowClient", experiment_id: str, start: Record) -> str | None:
+def parent_of(
+    client: "MlflowClient", experiment_id: str, start: Record, *, suite: Path | None
+) -> str | None:
     """The id of the parent of a run; None if the run was not launched with a suite. If the parent
     does not exist, it is created.
 
@@ -153,10 +157,13 @@ def parent_of(client: "MlflowClient", experiment_id: str, start: Record) -> str 
     kind_in_suite = f"tags.`{PARENT_TAG}` = '{uuid}' and tags.`{KIND_TAG}` = "
     if parents := client.search_runs([experiment_id], f"{kind_in_suite}'suite'"):
         return parents[0].info.run_id
+    tags = {PARENT_TAG: str(uuid), KIND_TAG: "suite"}
+    if suite is not None:
+        tags[NOTE_TAG] = f"{RESUME}`{how_to_resume(suite)}`"
     parent_id = client.create_run(
         experiment_id,
         start_time=milliseconds(start),
-        tags={PARENT_TAG: str(uuid), KIND_TAG: "suite"},
+        tags=tags,
         run_name=str(start.get("suite") or f"suite {str(uuid)[:8]}"),
     ).info.run_id
     for run in client.search_runs([experiment_id], f"{kind_in_suite}'run'"):

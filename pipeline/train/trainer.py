@@ -277,6 +277,7 @@ class Trainer:
         if is_task_end or (evaluation.every and epochs % evaluation.every == 0):
             rule_metrics_before = self._rule_metrics()
             self.saving.before_evaluation(self.step)
+            self.tracker.write(events.Evaluating(step=self.step))
             with self.meters.between("evaluation"):
                 results = self._evaluate()
             mean = mean_over_tasks(results)

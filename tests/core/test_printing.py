@@ -14,7 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from pipeline.core.printing import NO_WIDTH, Column, number, print_fields, print_table, prose, say
+from pipeline.core.printing import (
+    NO_WIDTH,
+    Column,
+    number,
+    print_fields,
+    print_table,
+    prose,
+    say,
+    say_next,
+)
 
 RUN = "fashion-demo-sltt-1-tiny-20261129-183438-d598"
 
@@ -93,6 +102,45 @@ def test_after_a_label_lines_are_indented_and_what_is_too_long_is_not():
     assert printed(say, "/a/long/path", label="run ", width=12, whole=["/a/long/path"]) == [
         "run",
         "/a/long/path",
+    ]
+
+
+def test_only_commands_have_a_colour_unless_the_user_wants_none():
+    def shown(**settings: bool) -> str:
+        console = Console(
+            file=(out := io.StringIO()),
+            width=40,
+            force_terminal=True,
+            color_system="standard",
+            **settings,
+        )
+        say(console, "MLflow is away: `spiketrain sync a` later", whole=["away:"])
+        say_next(console, ["spiketrain compare a", "spiketrain export b"])
+        return out.getvalue()
+
+    def command(words: str) -> str:
+        return f"\x1b[35m{words}\x1b[0m"
+
+    assert shown() == (
+        f"MLflow is away: `{command('spiketrain sync a')}`\nlater\n"
+        f"next    {command('spiketrain compare a')}\n"
+        f"        {command('spiketrain export b')}\n"
+    )
+    assert "\x1b" not in shown(no_color=True)
+
+
+def test_an_item_of_a_list_stays_whole_and_a_later_table_has_no_empty_lines():
+    columns = ("picture", "the class", prose("others"))
+    cell = "Pullover 10.5, Ankle boot 10.4, Sneaker 10.4"
+    assert printed(print_table, columns, [("a-picture.png", "Bag", cell)], width=30) == [
+        "               the",
+        "picture        class",
+        "a-picture.png  Bag",
+        "",
+        "picture        others",
+        "a-picture.png  Pullover 10.5,",
+        "               Ankle boot 10.4,",
+        "               Sneaker 10.4",
     ]
 
 

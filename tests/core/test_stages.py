@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from pipeline.__main__ import main
+from pipeline.core.stages import say_stage
 
 FIRST = """
 import sys
@@ -19,6 +20,7 @@ def say_stage(stage):
 waiting.say_stage = say_stage
 sys.argv = ["spiketrain", *sys.argv[1:]]
 from pipeline.__main__ import main
+from pipeline.core.stages import say_stage
 main()
 """
 
@@ -64,3 +66,14 @@ def test_a_stage_is_a_line_on_stderr_alone(
     assert (end.value.code, said.out) == (2, "")
     stages, (error,) = said.err.splitlines()[:-1], said.err.splitlines()[-1:]
     assert stages == [f"spiketrain: {stage} ..."] and "nowhere" in error
+
+
+def test_a_terminal_breaks_a_stage_between_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    say_stage("measuring BPTT, BPTT-recompute and SLTT-1")
+    assert capsys.readouterr().err == (
+        "spiketrain: measuring BPTT,\n  BPTT-recompute and SLTT-1 ...\n"
+    )

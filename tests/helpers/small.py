@@ -52,7 +52,7 @@ def without_stages(error: str) -> str:
     """What a command wrote to stderr but the stages that it was waited for
     (pipeline/core/stages.py).
     """
-    return re.sub(r"^spiketrain: .* \.\.\.\n", "", error, flags=re.MULTILINE)
+    return re.sub(r"^spiketrain: .*(\n  .*)* \.\.\.\n", "", error, flags=re.MULTILINE)
 
 
 def small_recipe(**changes: Any) -> Recipe:

@@ -202,7 +202,7 @@ def test_a_terminal_gets_a_bar_and_lines_above_it():
     assert view._bar is not None
     task = view._bar.tasks[0]
     assert (task.completed, task.total) == (25, 100)
-    assert task.fields["text"] == "epoch 2/4  12,346 images/s  loss 1.23  top-1 25.00%  320 MB"
+    assert task.fields["text"] == "12,346 images/s  loss 1.23  top-1 25.00%  320 MB"
     show(view, [{**START, "attempt": 1, "step": 20}])
     assert (task.completed, task.total) == (20, 100)
     show(
@@ -230,7 +230,7 @@ def test_a_terminal_gets_a_bar_and_lines_above_it():
 
 
 @pytest.mark.parametrize(
-    ("width", "told"), [(60, "epoch 2/4"), (80, "12,346 images/s"), (120, "320 MB")]
+    ("width", "told"), [(60, "epoch 2 of 4"), (80, "12,346 images/s"), (120, "320 MB")]
 )
 def test_a_narrow_terminal_shows_what_it_has_room_for_and_cuts_nothing(width: int, told: str):
     view, out, _ = watch(terminal=True, width=width)
@@ -239,6 +239,40 @@ def test_a_narrow_terminal_shows_what_it_has_room_for_and_cuts_nothing(width: in
     view._bar.refresh()
     view.close()
     assert told in out.getvalue() and "…" not in out.getvalue()
+
+
+def test_the_bar_names_the_phase() -> None:
+    view, _, _ = watch(terminal=True)
+    assert view._bar is not None
+    task, phases = view._bar.tasks[0], []
+    for record in (
+        None,
+        START,
+        {"event": "first_batch", "time": 1030.0, "step": 1, "startup_s": 42.0},
+        step(25),
+        {"event": "evaluating", "step": 25},
+        {"event": "evaluation", "step": 25, "epoch": 0, "metrics": {"top1": 0.5}},
+        step(26),
+        {"event": "finish", "step": 100, "wall_s": 1.0, "top1": 0.5},
+    ):
+        show(view, [] if record is None else [record])
+        phases.append(task.description)
+    view.close()
+    assert phases == [
+        "start workers",
+        *(
+            f"SLTT  {phase}"
+            for phase in (
+                "compile readers",
+                "warm up",
+                "epoch 2 of 4",
+                "evaluate",
+                "save",
+                "epoch 2 of 4",
+                "finished",
+            )
+        ),
+    ]
 
 
 def test_closing_before_anything_happened():

@@ -168,9 +168,8 @@ def test_a_suite_in_one_go(untouched: Path, done: Done) -> None:
         f"{untouched.name} has finished",
         said.strip(),
         f"next    spiketrain compare {at} --trust lab_suite",
-        f"        spiketrain report {at} --trust lab_suite",
+        f"        spiketrain dashboard {runs_words}",
         # Of the first run nothing is of the file's own.
-        f"        spiketrain evaluate {names['first']} {runs_words}",
         f"        spiketrain export {names['first']} {runs_words}",
     ]
 
@@ -224,7 +223,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(
         words = command.split()[1:]
     said, runs = done(*words), runs_of(tmp_path / "broken")
     named = " ".join(f"{name}:{run.name}" for name, run in runs.items())
-    assert said.splitlines()[-6] == f"REPORT {named}"
+    assert said.splitlines()[-5] == f"REPORT {named}"
     assert same_bits(tmp_path / "broken", untouched)
     # What had finished was left alone.
     assert {name for name, run in runs.items() if len(steps_of(run, "start")) == 2} == {

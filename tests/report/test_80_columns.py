@@ -1,5 +1,5 @@
-"""What commands print in terminals of 60, 80 and 120 columns: no word is broken or cut, and a pipe
-has no width.
+"""Long names, paths and values in terminals of 80 and 120 columns: no word is broken or cut, and a
+pipe has no width. tests/cli/test_80_columns.py runs each command.
 """
 
 import io
@@ -10,12 +10,8 @@ import pytest
 from rich.console import Console
 
 from pipeline.launch.preflight import Finding, print_findings
-from pipeline.recipe.recipe import spec
 from pipeline.report.compare import print_comparison
-from pipeline.report.forecasts import show_recipe
 from pipeline.report.selection import print_runs
-from pipeline.rules.sltt import SLTT
-from tests.helpers.small import small_recipe
 from tests.report.conftest import make_all
 
 Print = Callable[[Console | None], None]
@@ -91,26 +87,6 @@ def a_doctors_findings(console: Console | None) -> None:
     print_findings(found, console)
 
 
-def a_recipe(console: Console | None) -> None:
-    show_recipe(
-        small_recipe(name=run_name("SLTT"), rule=spec(SLTT, k=1), backend="deepspeed"), 2, console
-    )
-
-
-PRINTS: dict[str, Print] = {
-    "doctor": a_doctors_findings,
-    "show": a_recipe,
-}
-# what stays in one piece
-WHOLE: dict[str, tuple[str, ...]] = {
-    "doctor": (
-        "/shared/somebody/with/a/long/name/spiking/networks/runs-of-2026",
-        "`mount -o remount,flock /shared/somebody`",
-    ),
-    "show": (run_name("SLTT"), "pipeline.rules.sltt.SLTT", '"gradient_accumulation_steps"'),
-}
-
-
 def check(
     act: Print, whole: tuple[str, ...], width: int | None, capsys: pytest.CaptureFixture[str]
 ) -> list[str]:
@@ -137,11 +113,14 @@ def check(
 
 
 @pytest.mark.parametrize("width", [80, 120, None])
-@pytest.mark.parametrize("name", PRINTS)
-def test_no_word_is_broken(
-    name: str, width: int | None, capsys: pytest.CaptureFixture[str]
+def test_no_word_of_findings_is_broken(
+    width: int | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    check(PRINTS[name], WHOLE[name], width, capsys)
+    whole = (
+        "/shared/somebody/with/a/long/name/spiking/networks/runs-of-2026",
+        "`mount -o remount,flock /shared/somebody`",
+    )
+    check(a_doctors_findings, whole, width, capsys)
 
 
 @pytest.mark.parametrize("width", [80, 120, None])

@@ -230,6 +230,17 @@ def test_runs_of_different_machines_are_shown_apart_and_never_divided_by_one_ano
         assert sorted(printed(runs_dir, *names).splitlines()) == sorted(shown.splitlines())
 
 
+def test_the_last_line_is_the_answer(make_run: Callable, runs_dir: Path):
+    steady = {"steady_forward_s": 0.01, "steady_backward_s": 0.02}
+    sltt = {"rule": "SLTT", "top1": 0.9, "wall_s": 90.0, "startup_s": 30.0}
+    make_run("sltt", peak_saved_bytes=2_000_000, **sltt, **steady)
+    alone = "SLTT: 90.00% top-1, 2 MB saved for backward, 1.0 min of training"
+    assert printed(runs_dir, "sltt").splitlines()[-1] == alone
+    make_run("bptt", top1=0.91, peak_saved_bytes=8_000_000, **steady)
+    answer = "SLTT used 25 % of BPTT's memory and 100 % of its time at -1.0 points (one seed)"
+    assert printed(runs_dir).splitlines()[-1] == answer
+
+
 def test_json_and_csv_have_what_the_tables_have(
     two_machines: list[Path], runs_dir: Path, capsys: pytest.CaptureFixture[str]
 ):

@@ -115,7 +115,7 @@ def printed(runs_dir: Path) -> list[str]:
 
 
 def test_every_state_is_told_with_the_command_that_resumes(make_run: Callable, runs_dir: Path):
-    assert printed(runs_dir) == [f"no runs in {runs_dir}"]
+    assert printed(runs_dir) == [f"no runs in {runs_dir}", "next    spiketrain new mine"]
     make_all(
         make_run,
         {

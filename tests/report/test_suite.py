@@ -295,7 +295,7 @@ def test_on_the_command_line(
     def report(*words: str) -> tuple[int, str, str]:
         return command(monkeypatch, capsys)("report", *words, "--runs", str(runs_dir))
 
-    make_run("bptt")
+    make_run("bptt", top1=0.91, peak_saved_bytes=8_000_000)
     code, out, said = report()
     assert said.endswith("no artifact in MLflow: these runs belong to no suite\n")
     assert code == 0 and Path(out.strip()).read_text().startswith("<!doctype html>")
@@ -304,12 +304,20 @@ def test_on_the_command_line(
     point = SWEEP["points"][0]
     lost = {**SWEEP, "points": [{**point, "cost": {**point["cost"], "loading_s": math.nan}}]}
     (runs_dir / "sweep.json").write_text(json.dumps(lost))
-    sent: list[str] = []
+    sent: list[dict[str, Any]] = []
     monkeypatch.setattr(
-        "pipeline.report.page.log_report", lambda *_, data, **__: [sent.append(data)]
+        "pipeline.report.page.log_report", lambda *_, **logged: [sent.append(logged)]
     )
+    make_run("sltt", rule="SLTT", top1=0.9, peak_saved_bytes=2_000_000)
     assert report("--sweep", str(runs_dir / "sweep.json"))[0] == 0
-    assert '"loading_s": null' in sent[0] and "NaN" not in sent[0]
+    assert '"loading_s": null' in sent[0]["data"] and "NaN" not in sent[0]["data"]
+    head, line, bptt, sltt = sent[0]["note"].splitlines()
+    assert head.startswith("| rule | top-1 | saved bytes |") and set(line) == set("| -")
+    assert bptt.startswith("| BPTT | 91.00% (×1.00) | 8 MB (×1.00) |")
+    assert sltt.startswith("| SLTT | 90.00% (×0.99) | 2 MB (×0.25) |")
+    metrics = sent[0]["metrics"]
+    assert metrics["mean/peak_saved_bytes/SLTT"] == 2_000_000
+    assert metrics["ratio to BPTT/peak_saved_bytes/SLTT"] == 0.25
     name_report(make_suite(runs_dir, "bptt"), "elsewhere.report")
     code, out, said = report("suite")
     assert (code, out, len(sent)) == (2, "", 1)

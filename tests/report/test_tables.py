@@ -136,6 +136,54 @@ def test_a_sentence_for_each_rule(runs: tuple[Run, ...], said: str | None):
         assert re.search(said or "", sentence)
 
 
+@pytest.mark.parametrize(
+    ("runs", "sentence"),
+    [
+        (
+            (*BPTT, *(run("SLTT", seed=seed, top1=0.897 + 0.001 * seed) for seed in range(3))),
+            "SLTT used 25 % of BPTT's memory and 75 % of its time at -0.2 points (-0.4 to 0.0)",
+        ),
+        (
+            (run(), run("SLTT", top1=0.89), run("OTTT-A", top1=0.9, peak_saved_bytes=4e6)),
+            "SLTT used 25 % of BPTT's memory and 75 % of its time at -1.0 points (one seed)",
+        ),
+        (  # a rule that loses too much is not the best
+            (
+                *BPTT,
+                *(run("SLTT", seed=seed, top1=0.8 + 0.001 * seed) for seed in range(3)),
+                *(run("OTTT-A", seed=seed, top1=0.9, peak_saved_bytes=4e6) for seed in range(3)),
+            ),
+            "OTTT-A used 50 % of BPTT's memory and 75 % of its time at 0.0 points (0.0 to 0.0)",
+        ),
+        (
+            (*BPTT, *(run("SLTT", seed=seed, top1=0.8) for seed in range(2)), LOST[2]),
+            "SLTT used 25 % of BPTT's memory and 75 % of its time at -10.0 points"
+            " (-10.0 to -10.0), a clear loss of accuracy",
+        ),
+        (
+            (*BPTT, run("SLTT-1", top1=0.9), *LOST[1:]),
+            "SLTT-1 used 25 % of BPTT's memory and 75 % of its time at 0.0 points (one seed),"
+            " diverged in 2 of BPTT's 3 seeds",
+        ),
+        (
+            (
+                run(),
+                run("BPTT-chunk-1", backward_s=6.0, peak_saved_bytes=8e6),
+                run("SLTT", backward_s=7.2, top1=0.95),
+            ),
+            "SLTT used 25 % of BPTT's memory and 112 % of BPTT-chunk-1's time at 5.0 points"
+            " (one seed)",
+        ),
+        ((run("SLTT"),), None),
+        (BPTT, None),
+        ((*BPTT, *LOST), None),
+    ],
+)
+def test_the_headline_names_the_best_rule(runs: tuple[Run, ...], sentence: str | None):
+    found = tables.headline(group_of(*runs))
+    assert (found and found.sentence) == sentence
+
+
 RECOMPUTE = {"target": "x.BPTT", "kwargs": {"recompute": True}}
 
 

@@ -1,6 +1,7 @@
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -13,6 +14,11 @@ from tests.track.conftest import write_suite
 from tests.track.test_mlflow import artifacts, find, free_port
 
 DATA = '{"claims": []}'
+NOTE = "mlflow.note.content"
+ABOUT: dict[str, Any] = {
+    "note": "**SLTT used 25 %**",
+    "metrics": {"mean/top-1/SLTT": 0.9, "ratio to BPTT/saved bytes/SLTT (k=1)": 0.25},
+}
 
 
 FINISH = ("finish", {"step": 1})
@@ -72,7 +78,7 @@ def test_a_report_is_an_artifact_of_the_parent_of_each_run(
 
     def log(text: str, uri: str = sqlite_store, name: str = "report.html") -> list[str]:
         page.write_text(text)
-        return log_report(page, folders, name=name, data=DATA, uri=uri)
+        return log_report(page, folders, name=name, data=DATA, uri=uri, **ABOUT)
 
     alone.attempt(FINISH)
     assert log("<html>é</html>") == []  # no run of a suite began
@@ -90,6 +96,16 @@ def test_a_report_is_an_artifact_of_the_parent_of_each_run(
     ]
     for name, text in kept.items():
         assert (artifacts(client.get_run(parent)) / name).read_text() == text
+    resume = f"Resume: `spiketrain resume a-suite --runs {tmp_path / 'runs'}`"
+    one_of, of_another = (client.get_run(each).data for each in (parent, second))
+    assert one_of.tags[NOTE] == f"**SLTT used 25 %**\n\n{resume}"
+    assert of_another.tags[NOTE] == resume and of_another.metrics == {}
+    ratio = "ratio to BPTT/saved bytes/SLTT _k_1_"
+    assert one_of.metrics == {"mean/top-1/SLTT": 0.9, ratio: 0.25}
+    assert len(client.get_metric_history(parent, ratio)) == 1  # it was logged twice
+    client.set_tag(parent, NOTE, "what the user wrote")
+    log(kept["report.html"])
+    assert client.get_run(parent).data.tags[NOTE] == "what the user wrote"
     for run, above in ((two, parent), (other, second)):
         sync(run.folder, uri=sqlite_store)
         assert find(sqlite_store, run).data.tags["mlflow.parentRunId"] == above
@@ -111,7 +127,9 @@ def test_a_parent_that_was_deleted_comes_back_with_its_runs(
         sync(run.folder, uri=sqlite_store)
 
     def report() -> str:
-        [parent] = log_report(page, folders, name="report.html", data=DATA, uri=sqlite_store)
+        [parent] = log_report(
+            page, folders, name="report.html", data=DATA, uri=sqlite_store, **ABOUT
+        )
         return parent
 
     client, store, first = connect(sqlite_store), open_store(sqlite_store), report()
