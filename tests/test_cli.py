@@ -113,7 +113,8 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (
             "launch nowhere.py",
-            "must be a Python file that defines recipe(); got nowhere.py, which does not exist",
+            "or the name of a packaged one, such as fashion/sltt; got nowhere.py, which does not"
+            " exist",
         ),
         ("launch README.md", "must be a Python file"),
         (
@@ -456,7 +457,7 @@ def test_a_run_that_was_moved_or_damaged(tmp_path: Path, refused: Refused, done:
 
 def test_show_needs_no_data_and_prints_what_will_be_used(done: Done) -> None:
     of_none = ("--workers", "8", "--set", "data.folder=nowhere")
-    out = done("show", "recipes/fashion/sltt.py", *of_none)
+    out = done("show", "fashion/sltt", *of_none)
     assert "94,698" in out
     assert "128 = 8 workers x 16 samples x 1 accumulation step" in out
     assert "1.24672 MB saved for backward" in out and "0.612147 GFLOP" in out

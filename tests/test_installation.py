@@ -44,6 +44,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import pipeline
+import spiketrain
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.encode import repeat
@@ -111,28 +112,48 @@ def test_a_plain_loop_and_load_need_no_extra(saved: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 def test_an_installation_without_extras_trains_and_loads(
     saved: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """A real `pip install .` into an empty environment."""
-    source, bin_ = tmp_path / "source", tmp_path / "venv" / "bin"
+    """A wheel, made of the sdist, in an empty environment; then with the extra for training."""
+    source, bin_, built = (tmp_path / name for name in ("source", "venv/bin", "built"))
     source.mkdir()
     for name in ("pyproject.toml", "LICENSE", "spiketrain.py"):
         shutil.copy(name, source)
     for name in ("pipeline", "recipes"):
         shutil.copytree(name, source / name)
     subprocess.run([sys.executable, "-m", "venv", bin_.parent], check=True)
-    pip = [bin_ / "pip", "install", "--quiet", "--disable-pip-version-check", source]
-    plain, help_ = [bin_ / "python", "-c", PLAIN, *saved], [bin_ / "spiketrain", "--help"]
-    installed, trained, helped = (
-        subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
-        for words in (pip, plain, help_)
+
+    def done(*words: object, cwd: Path = tmp_path) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            list(map(str, words)), cwd=cwd, capture_output=True, text=True, stdin=subprocess.DEVNULL
+        )
+
+    def pip(*words: object) -> None:
+        ran = done(bin_ / "pip", "--quiet", "--disable-pip-version-check", *words)
+        assert ran.returncode == 0, ran.stderr
+
+    sdist = f"from setuptools.build_meta import build_sdist\nbuild_sdist({str(built)!r})"
+    assert done(sys.executable, "-c", sdist, cwd=source).returncode == 0
+    pip("wheel", "--no-deps", "--wheel-dir", built, *built.glob("*.tar.gz"))
+    [wheel] = built.glob("*.whl")
+    pip("install", wheel)
+    check(
+        done(bin_ / "python", "-c", PLAIN.replace("pipeline.load", "spiketrain.load"), *saved),
+        saved,
     )
-    assert installed.returncode == 0, installed.stderr
-    check(trained, saved)
+    helped = done(bin_ / "spiketrain", "--help")
     assert (helped.returncode, helped.stdout) == (2, "")
     assert re.fullmatch(ONE_LINE.format(module="typer", extras="train.*report"), helped.stderr)
+    pip("install", f"{wheel}[train]")
+    counts = ("--samples", "64", "--val-samples", "16", "--slices", "10")
+    for words in (
+        ("write", "events", "moving", "--out", "data/moving", *counts),
+        ("launch", "events/moving_sltt", "--tiny", "--inline"),
+    ):
+        ran = done(bin_ / "spiketrain", *words)
+        assert ran.returncode == 0, ran.stderr
 
 
 ONE_LINE = (

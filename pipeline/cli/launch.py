@@ -50,7 +50,7 @@ from pipeline.cli.write import MaxUnreadable, progress_bar, report_written
 from pipeline.core.printing import new_console, say_next
 from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.recipe import Recipe, read_json
-from pipeline.recipe.recipe_files import refuse_unnamed, trust_of
+from pipeline.recipe.recipe_files import find_recipe, refuse_unnamed, trust_of
 from pipeline.recipe.search import join_suites, over_seeds, parse_search, with_tuning
 from pipeline.recipe.suite import Suite, command, dashboard_command, is_suite, runs_of
 from pipeline.track.mlflow_store import TrackingError
@@ -61,7 +61,12 @@ if TYPE_CHECKING:
 
 
 RecipeFiles = Annotated[
-    list[Path], typer.Argument(metavar="RECIPE", help="Python files that define recipe()")
+    list[Path],
+    typer.Argument(
+        metavar="RECIPE",
+        help="Python files that define recipe(), or packaged recipes such as fashion/sltt",
+        callback=lambda paths: [find_recipe(path) for path in paths],
+    ),
 ]
 Sizes = Annotated[
     str,
@@ -345,7 +350,7 @@ def finetune(
     from pipeline.report.selection import find_run
 
     source = Path(weights) if Path(weights).is_file() else find_run(runs, weights)
-    of = None if model is None else load_changed(model, [], tiny=False)
+    of = None if model is None else load_changed(find_recipe(model), [], tiny=False)
     if isinstance(of, Suite):
         raise ValueError(f"finetune: --model must be a file with one recipe; got {model}")
     start = read_start(source, of, trust=tuple(trust))

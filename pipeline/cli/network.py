@@ -26,7 +26,7 @@ from pipeline.cli.options import (
 from pipeline.core.checks import require
 from pipeline.core.run_folder import ExportFormat
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.recipe_files import trust_of
+from pipeline.recipe.recipe_files import find_recipe, trust_of
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -80,6 +80,7 @@ def evaluate(
     """
     from pipeline.launch.evaluate import evaluate_recipe, evaluate_run
 
+    run = str(find_recipe(Path(run)))
     if run.endswith(".py"):
         if is_set_by_user(context, "runs"):
             raise ValueError(
@@ -236,6 +237,7 @@ def check(
     once, state that outlives a batch, wrong gradients, silent layers, and batch norm that differs
     in evaluation. The exit code is 1 if there is a fault.
     """
+    network = str(find_recipe(Path(network)))
     is_recipe, is_builder = network.endswith(".py"), ":" in network
     for option, is_given, kind, fits in (
         ("--set", bool(changes), "a recipe file", is_recipe),

@@ -19,7 +19,7 @@ from pipeline.core.checks import require
 from pipeline.core.printing import ACCENT
 from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.recipe import Recipe
-from pipeline.recipe.recipe_files import load_recipe
+from pipeline.recipe.recipe_files import find_recipe, load_recipe
 from pipeline.recipe.suite import Suite, is_suite
 
 # The groups of commands in `spiketrain --help`
@@ -99,7 +99,12 @@ def run_names(context: typer.Context, incomplete: str) -> list[str]:
 
 
 RecipeFile = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="a Python file that defines recipe()")
+    Path,
+    typer.Argument(
+        metavar="RECIPE",
+        help="a Python file that defines recipe(), or a packaged recipe such as fashion/sltt",
+        callback=find_recipe,
+    ),
 ]
 RunOrSuite = Annotated[
     str,

@@ -5,6 +5,7 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,15 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite, targets_of
 
 _ANONYMOUS = "recipe_file_"  # prefix of the module name of a file that cannot be imported by name
+
+
+def find_recipe(path: Path) -> Path:
+    """The file of a packaged recipe for a name such as `fashion/sltt`; other paths as they are."""
+    packaged = find_spec("recipes")
+    if path.suffix or path.exists() or packaged is None or packaged.origin is None:
+        return path
+    file = Path(packaged.origin).parent / path.with_suffix(".py")
+    return file if file.is_file() else path
 
 
 def load_recipe(path: Path) -> Recipe | Suite:
@@ -28,8 +38,8 @@ def load_recipe(path: Path) -> Recipe | Suite:
     """
     require(
         path.is_file() and path.suffix == ".py",
-        f"recipe: must be a Python file that defines recipe(); got {path}"
-        + ("" if path.exists() else ", which does not exist"),
+        "recipe: must be a Python file that defines recipe(), or the name of a packaged one, such"
+        f" as fashion/sltt; got {path}" + ("" if path.exists() else ", which does not exist"),
     )
     try:
         function: Any = getattr(_import_file(path), "recipe", None)
