@@ -5,9 +5,11 @@
 The page and the dashboard share the figures of each view and the templates in web/.
 """
 
+import base64
+import gzip
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,19 +21,28 @@ from markupsafe import Markup
 from pipeline.core.files import write_whole
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import rounded
-from pipeline.report import tables
+from pipeline.report import overview, tables
 from pipeline.report.claims import SuiteResult
 from pipeline.report.compare import finite
-from pipeline.report.drawing import NOT_MEASURED, THEMES, Cell, Figure, Missing, Table, slug
+from pipeline.report.drawing import NOT_MEASURED, Cell, Figure, Missing, Table, color, slug
 from pipeline.report.figures import learning_curves, ratios, standings, time_parts, trade_off
 from pipeline.report.heat_maps import confusion, firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.metrics import ENERGY
 from pipeline.report.results import ReportError, describe_state
 from pipeline.report.study import Group, Study
 from pipeline.report.suite import StudyPage
-from pipeline.report.sweeps import LARGEST_SAID, swept
+from pipeline.report.sweeps import LARGEST_SAID, Swept, swept
+from pipeline.report.titles import facts_of, fields_of
 from pipeline.track.mlflow import log_report, tracking_uri
 
+VIEWS = {
+    "costs": "Savings and costs",
+    "learning": "Learning curves",
+    "time": "Where the time goes",
+    "gradients": "Gradients and firing rates",
+    "claims": "Claims and memory against time steps",
+    "runs": "Hardware and commits",
+}
 _NO_SWEEP = (
     "Memory and time against time steps",
     (
@@ -60,56 +71,38 @@ def write(study: Study, out: Path) -> Path:
 
 
 def render(study: Study) -> str:
-    """The page's HTML. A group with one rule is listed apart, unless it is the only group."""
-    groups = study.groups
-    compared = [group for group in groups if len(group.rules) > 1 or len(groups) == 1]
-    alone = [group for group in groups if group not in compared]
+    offers = Offers(study.title)
     sections = [
-        section_of(group, f"g{index}", among=groups) for index, group in enumerate(compared, 1)
+        section_of(group, f"g{index}", among=study.groups)
+        for index, group in enumerate(study.groups, 1)
     ]
-    lone = [
-        section_of(group, f"alone{index}", ("time", "learning", "gradients"), among=groups)
-        for index, group in enumerate(alone, 1)
-    ]
-    memory = list(swept(study.sweeps))
-    scaled = tables.scaling(study)
-    drawings: dict[str, Any] = {}
+    sweeps = tuple(swept(study.sweeps, study.groups[0].page_rules))
+    report = Told("", "", study.claims, sweeps, study.printed)
     fine_tuned = [RunFolder(run.folder).mistakes for run in study.runs]
     mistakes = (
         json.loads(fine_tuned[0].read_text())
         if len(fine_tuned) == 1 and fine_tuned[0].exists()
         else None
     )
-
-    def offer(key: str, figure: Figure) -> str:
-        """Add a figure's drawing to the page; return the address of its table."""
-        drawings[key] = drawn(figure)
-        return _csv_address(figure.table)
-
-    missing = [reason for each in sections for reason in each.reasons]
-    if not any(each.figures for each in memory):
-        missing.append(_NO_SWEEP)
-    if not scaled:
+    missing: list[tuple[str, str]] = (
+        [] if any(each.figures for each in report.sweeps) else [_NO_SWEEP]
+    )
+    if tables.scaling(study) is None:
         missing.append(_NO_SCALING)
+    first = study.groups[0].runs[0]
     return (
         environment()
         .get_template("page.html")
         .render(
-            study=study,
             written_at=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-            sections=sections,
-            lone=lone,
-            memory=memory,
-            largest_said=LARGEST_SAID,
-            scaled=scaled,
-            missing=missing,
+            title=sections[0].title,
+            facts=facts_of(fields_of(first)),
             mistakes=mistakes,
             confusion=mistakes and confusion(mistakes),
-            drawings=drawings,
-            offer=offer,
-            plotly=Markup(plotly_script()),
+            plotly=Markup(base64.b64encode(plotly_script()).decode()),
             css=Markup((WEB / "page.css").read_text()),
             js=Markup((WEB / "page.js").read_text()),
+            **what_to_show(study, sections, offers, [*VIEWS], [report], missing),
         )
     )
 
@@ -144,48 +137,146 @@ def publish(found: StudyPage, page: Path) -> list[str]:
 
 
 WEB = Path(__file__).parent / "web"
-FIGURES = {
-    "costs": (
-        ratios,
-        *(partial(trade_off, name=name) for name in ("wall_s", "peak_saved_bytes", ENERGY)),
-    ),
-    "time": (time_parts,),
+_MAX_NAME = 120  # letters of a title in a file name, which may have 255 bytes
+FIGURES: dict[str, tuple[Callable[[Group], Figure | Missing], ...]] = {
+    "costs": (ratios, partial(trade_off, name="wall_s"), partial(trade_off, name=ENERGY)),
     "learning": (learning_curves,),
+    "time": (time_parts,),
     "gradients": (gradient_fidelity, temporal_share, firing_rates),
 }
 
 
-class Section(NamedTuple):
+class Offers:
+    """The drawings of a page, and the tables that it offers as CSV.
+
+    Args:
+        title: begins the names of the files.
+        link: makes the address of a table from its key; None: the address has the table itself.
+    """
+
+    def __init__(self, title: str, link: Callable[[str], str] | None = None) -> None:
+        self.drawings: dict[str, Any] = {}
+        self.tables: dict[str, Table] = {}
+        self._title, self._link = slug(title)[:_MAX_NAME], link
+
+    def table(self, key: str, table: Table) -> str:
+        """Offer a table. Returns its address."""
+        self.tables[key] = table
+        if self._link is not None:
+            return self._link(key)
+        return f"data:text/csv;charset=utf-8,{quote(table.to_csv())}"
+
+    def figure(self, key: str, figure: Figure) -> str:
+        """Offer a drawing and its table. Returns the address of the table."""
+        self.drawings[key] = figure.drawing
+        return self.table(key, figure.table)
+
+    def file(self, key: str) -> str:
+        """The name of a file without its ending."""
+        return f"{self._title}-{key}"
+
+
+class Told(NamedTuple):
+    """What a suite's own report told. Without its title, it is that of the whole page."""
+
     key: str
     title: str
+    claims: Sequence[Any]
+    sweeps: Sequence[Swept]
+    printed: str
+    note: str = ""
+
+
+class Section(NamedTuple):
+    """A group: its overview, and the figures of each view."""
+
+    key: str
+    title: str
+    differs: str  # from the group beside it; empty for the only group
     group: Group
-    figures: list[Figure]
-    missing: list[Missing]
+    main: Figure | Missing  # the large figure
+    figures: Mapping[str, Sequence[Figure]]  # by view
+    missing: Sequence[Missing]
 
     @property
-    def reasons(self) -> list[tuple[str, str]]:
-        return [(each.title, f"{self.title}: {each.why}") for each in self.missing]
+    def name(self) -> str:
+        """A title that no other group of the page has."""
+        return ", ".join(filter(None, (self.title, self.differs)))
+
+    @property
+    def rules(self) -> list[tuple[str, str, Sequence[overview.Tile]]]:
+        """Each rule with its colour and its tiles, the one to show first at the front."""
+        first = overview.first_rule(self.group)
+        rules = sorted(self.group.rules, key=lambda rule: rule != first)
+        places = map(self.group.place_of, rules)
+        return [
+            (rule, color(place), overview.tiles(self.group, rule))
+            for rule, place in zip(rules, places, strict=True)
+        ]
 
 
 def section_of(
     group: Group, key: str, views: Sequence[str] = (*FIGURES,), *, among: Sequence[Group] = ()
 ) -> Section:
-    """The figures of some views of a group; `among`: all groups of the page."""
-    makers = [make for view in views for make in FIGURES.get(view, ())]
-    # Without a baseline, a note replaces the figure of ratios.
-    figures = [make(group) for make in makers if make is not ratios or group.has_baseline]
-    return Section(
-        key,
-        tables.named(group, among=among),
-        group,
-        [each for each in figures if isinstance(each, Figure)],
-        [each for each in figures if isinstance(each, Missing)],
-    )
+    """The overview of a group and the figures of some views; `among`: all groups of the page.
+
+    The large figure is accuracy against memory. Before the first run has finished, it is that of
+    the learning curves.
+    """
+    main = trade_off(group, "peak_saved_bytes")
+    if isinstance(main, Missing):
+        main = learning_curves(group)
+    made = {
+        view: [
+            make(group)
+            for make in FIGURES.get(view, ())
+            # Without a baseline, a note replaces the figure of ratios.
+            if make is not ratios or group.has_baseline
+        ]
+        for view in views
+    }
+    figures = {
+        view: [each for each in some if isinstance(each, Figure) and each.name != _name(main)]
+        for view, some in made.items()
+    }
+    missing = [each for some in made.values() for each in some if isinstance(each, Missing)]
+    return Section(key, *tables.named(group, among=among), group, main, figures, missing)
 
 
-def drawn(figure: Figure) -> Mapping[str, Any]:
-    """The drawing in both themes. A page shows the reader's theme, and prints the light theme."""
-    return {theme: figure.draw(theme) for theme in THEMES}
+def what_to_show(
+    study: Study,
+    sections: Sequence[Section],
+    offers: Offers,
+    views: Sequence[str],
+    reports: Sequence[Told],
+    missing: Sequence[tuple[str, str]] = (),
+) -> dict[str, Any]:
+    """The variables of the templates that the page and the dashboard share."""
+    reasons = [(each.title, f"{one.name}: {each.why}") for one in sections for each in one.missing]
+    return {
+        "study": study,
+        "sections": sections,
+        "offers": offers,
+        "views": views,
+        "titles": VIEWS,
+        "reports": reports,
+        "missing": [*reasons, *missing],
+        "memory": [
+            (
+                f"{f'{one.key}-' if one.key else ''}{sweep.key}-{sweep.figures[0].name}",
+                sweep.figures[0],
+            )
+            for one in reports
+            for sweep in one.sweeps
+            if sweep.figures
+        ],
+        "scaled": tables.scaling(study),
+        "largest_said": LARGEST_SAID,
+    }
+
+
+def _name(figure: Figure | Missing) -> str:
+    return figure.name if isinstance(figure, Figure) else ""
 
 
 def shown(cell: Cell) -> str:
@@ -196,32 +287,23 @@ def shown(cell: Cell) -> str:
 
 
 @cache
-def plotly_script() -> str:
-    """The whole plotly.js, which contains no text that would end a script element."""
+def plotly_script() -> bytes:
+    """The whole plotly.js, compressed by gzip: 1.5 of 4.8 MB. Its basic form has no heat maps."""
     from plotly.offline import get_plotlyjs
 
-    script = get_plotlyjs()
-    assert "</script" not in script.lower(), "plotly.js 4.1.1 has no such text"
-    return script
+    return gzip.compress(get_plotlyjs().encode(), mtime=0)
 
 
 @cache
 def environment() -> Environment:
     templates = Environment(
-        loader=FileSystemLoader(WEB), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader(WEB),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    templates.globals |= {"tables": tables}
+    templates.globals |= {"tables": tables, "standings": standings}
     templates.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    templates.filters |= {
-        "shown": shown,
-        "csv": _csv_address,
-        "slug": slug,
-        "described": describe_state,
-        "standings": standings,
-        "swept": lambda sweeps: list(swept(sweeps)),
-    }
+    templates.filters |= {"shown": shown, "described": describe_state}
     return templates
-
-
-def _csv_address(table: Table) -> str:
-    return f"data:text/csv;charset=utf-8,{quote(table.to_csv())}"

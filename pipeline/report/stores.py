@@ -22,7 +22,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urlparse
 
 from pipeline.core.run_folder import RunFolder
-from pipeline.report.results import ReportError, Run, frame, is_silent, read_runs, run_of
+from pipeline.report.results import (
+    ReportError,
+    Run,
+    describe_machine,
+    frame,
+    is_silent,
+    read_runs,
+    run_of,
+)
+from pipeline.report.titles import MACHINE, title_of
 from pipeline.track.events import KIND, Event, Start, Step, from_dict
 from pipeline.track.journal import Record, read_thinned
 from pipeline.track.mlflow import REPORT, REPORT_DATA
@@ -80,6 +89,7 @@ class StoredRun:
     newest: float  # the latest of its start, its end and its newest metric
     tags: Mapping[str, str] = field(repr=False)
     metrics: Mapping[str, float] = field(repr=False)  # newest values
+    params: Mapping[str, str] = field(default_factory=dict, repr=False)  # the recipe's fields
 
     @property
     def state(self) -> State:
@@ -122,6 +132,8 @@ class StoredStudy:
     seeds: tuple[str, ...]
     states: Mapping[str, int]  # number of runs by state; silent: running without recent reports
     newest: float  # the largest `newest` of the runs
+    title: str  # in words
+    fields: Mapping[str, str] = field(repr=False)  # of a run's recipe, and its machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,25 +278,25 @@ def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
     groups: dict[tuple[str, str], list[StoredRun]] = {}
     for run in runs:
         groups.setdefault((run.experiment, run.study), []).append(run)
-    return sorted(
-        (
-            StoredStudy(
-                experiment=experiment,
-                study=study,
-                rules=tuple(sorted({run.rule for run in members})),
-                protocol=next(filter(None, (_protocol(run.tags) for run in members)), ""),
-                seeds=tuple(
-                    sorted({run.seed for run in members}, key=lambda seed: (len(seed), seed))
-                ),
-                states=Counter(
-                    "silent" if is_silent(run.state, run.newest) else run.state for run in members
-                ),
-                newest=max(run.newest for run in members),
-            )
-            for (experiment, study), members in groups.items()
+    return sorted(map(_study, groups.values()), key=lambda study: study.newest, reverse=True)
+
+
+def _study(members: Sequence[StoredRun]) -> StoredStudy:
+    first = members[0]
+    fields = {**first.params, MACHINE: describe_machine(hardware_of(first))}
+    names = filter(None, (run.tags.get("spiketrain.recipe") for run in members))
+    return StoredStudy(
+        experiment=first.experiment,
+        study=first.study,
+        rules=tuple(sorted({run.rule for run in members})),
+        protocol=next(filter(None, (_protocol(run.tags) for run in members)), ""),
+        seeds=tuple(sorted({run.seed for run in members}, key=lambda seed: (len(seed), seed))),
+        states=Counter(
+            "silent" if is_silent(run.state, run.newest) else run.state for run in members
         ),
-        key=lambda study: study.newest,
-        reverse=True,
+        newest=max(run.newest for run in members),
+        title=title_of(fields, names, first.experiment),
+        fields=fields,
     )
 
 
@@ -338,6 +350,7 @@ _OF_STUDY = """
 _LATEST = """
     select r.run_uuid, r.key, r.value, r.is_nan, r.timestamp from latest_metrics r where true
 """
+_PARAMS = "select r.run_uuid, r.key, r.value from params r where true"
 _ARTIFACT_URI = "select artifact_uri from runs where run_uuid = ? and lifecycle_stage = 'active'"
 _HISTORY = """
     select step, timestamp, value, is_nan from metrics
@@ -356,11 +369,15 @@ class SqliteStore(Store):
         with self._connection() as connection:
             rows = connection.execute(_RUNS + condition + _IN_ORDER, values).fetchall()
             latest = connection.execute(_LATEST + condition, values).fetchall()
+            fields = connection.execute(_PARAMS + condition, values).fetchall()
         times: dict[str, int] = {}
         metrics: dict[str, dict[str, float]] = {}
         for run, key, value, is_nan, time in latest:
             metrics.setdefault(run, {})[key] = math.nan if is_nan else value
             times[run] = max(time, times.get(run, 0))
+        params: dict[str, dict[str, str]] = {}
+        for run, key, value in fields:
+            params.setdefault(run, {})[key] = value
         return [
             StoredRun(
                 id=run,
@@ -371,6 +388,7 @@ class SqliteStore(Store):
                 newest=max(ended or 0, times.get(run, 0)) / 1000,
                 tags=json.loads(tags),
                 metrics=metrics.get(run, {}),
+                params=params.get(run, {}),
             )
             for run, name, experiment, status, started, ended, tags in rows
         ]
@@ -562,6 +580,7 @@ def _stored(run: Any, experiment: str) -> StoredRun:
         newest=max(run.info.end_time or 0, run.info.start_time or 0, *times) / 1000,
         tags=dict(run.data.tags),
         metrics=dict(run.data.metrics),
+        params=dict(run.data.params),
     )
 
 

@@ -120,6 +120,7 @@ class Group:
     runs: tuple[Run, ...]  # runs of the baseline first
     against: str = BASELINE
     within: float = WITHIN
+    page_rules: tuple[str, ...] = ()  # of all groups of a page, which give each rule one colour
 
     @property
     def study(self) -> str:
@@ -142,6 +143,10 @@ class Group:
     def rules(self) -> list[str]:
         """The rules of all runs, the baseline first."""
         return list(dict.fromkeys(run.rule for run in self.runs))
+
+    def place_of(self, rule: str) -> int:
+        """The position of a rule among all rules of the page, which decides its colour."""
+        return (self.page_rules or self.rules).index(rule)
 
     @property
     def finished_rules(self) -> list[str]:
@@ -298,7 +303,10 @@ class Study:
             labelled = _with_distinct_labels(runs)
             labelled.sort(key=lambda run: place(run, self.against))
             groups.append(Group(tuple(labelled), self.against, self.within))
-        return tuple(sorted(groups, key=lambda group: -len(group.rules)))
+        groups.sort(key=lambda group: -len(group.rules))
+        others = sorted({rule for group in groups for rule in group.rules} - {self.against})
+        rules = (self.against, *others)
+        return tuple(replace(group, page_rules=rules) for group in groups)
 
 
 def place(run: Run, against: str) -> tuple[bool, str, int, str]:

@@ -1,7 +1,8 @@
 """The server of `spiketrain dashboard`: a page, and the parts that `web/dashboard.js` requests.
 
-The URL is the only state: it determines the list and the figures (permalink.py). An open page
-requests the list and the study periodically. The server reads journals only for the picked study.
+The URL is the only state: it determines the list and the figures (permalink.py). Without a study,
+it shows the newest one. An open page requests the list and its studies periodically. The server
+reads journals only for these studies.
 Without a token, the server listens only on loopback.
 """
 
@@ -15,23 +16,32 @@ from typing import Any
 
 from flask import Flask, Response, request
 
-from pipeline.report import tables
 from pipeline.report.dashboard.guard import guard
 from pipeline.report.dashboard.live import Live, SuiteReport
-from pipeline.report.dashboard.permalink import ONLY, SORTS, VIEWS, ViewState, describe_states
-from pipeline.report.drawing import Figure, Table, slug
-from pipeline.report.page import WEB, drawn, environment, plotly_script, section_of
+from pipeline.report.dashboard.permalink import ONLY, ViewState, describe_states
+from pipeline.report.drawing import slug
+from pipeline.report.page import (
+    VIEWS,
+    WEB,
+    Offers,
+    Told,
+    environment,
+    plotly_script,
+    section_of,
+    what_to_show,
+)
 from pipeline.report.results import ReportError, describe_state
-from pipeline.report.stores import Store, StoredRun, open_store, studies
+from pipeline.report.stores import Store, StoredRun, StoredStudy, open_store, studies
 from pipeline.report.study import Study
-from pipeline.report.sweeps import LARGEST_SAID
+from pipeline.report.sweeps import swept
+from pipeline.report.titles import difference, facts_of
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.mlflow_store import without_password
 
 MAX_STUDIES = 200  # in a list
-_MAX_NAME = 120  # letters of a group or suite in a file name, which may have 255 bytes
-_PICK = "<p class='lede'>Pick one from the list above.</p>"
+_NOTHING = "<p class='note'>The store has no run of spiketrain yet.</p>"
 _NO_RUN = "<p class='note'>The store has no run of this study.</p>"
+_PLOTLY = "/plotly.js"
 
 
 def make_app(store: Store, *, name: str, every: float, patience_s: float | None = None) -> Flask:
@@ -55,19 +65,26 @@ def make_app(store: Store, *, name: str, every: float, patience_s: float | None 
         .get_template("dashboard.html")
         .render(
             name=name,
-            views=VIEWS,
+            plotly=f"{_PLOTLY}?{hashlib.sha256(plotly_script()).hexdigest()[:8]}",
             only={key: words for key, (words, _) in ONLY.items()},
             every=f"{every:g}",
             patience=patience_s or max(30.0, 5 * every),
         )
     )
     app.add_url_rule("/", "shell", lambda: shell)
-    app.add_url_rule(
-        "/plotly.js", "plotly", lambda: Response(plotly_script(), mimetype="text/javascript")
-    )
+    app.add_url_rule(_PLOTLY, "plotly", _plotly)
     for endpoint in (endpoints.list, endpoints.study, endpoints.csv):
         app.add_url_rule(f"/{endpoint.__name__}", view_func=endpoint)
     return app
+
+
+def _plotly() -> Response:
+    """Return plotly.js, which a browser keeps: the page's address of it names its content."""
+    headers = {
+        "Content-Encoding": "gzip",
+        "Cache-Control": "private, max-age=31536000, immutable",
+    }
+    return Response(plotly_script(), mimetype="text/javascript", headers=headers)
 
 
 class _Endpoints:
@@ -78,34 +95,30 @@ class _Endpoints:
 
     def list(self) -> str:
         """Return the list. Periodic requests (`look`) read the store; others may use the cache."""
+        view = _requested_view()
         try:
-            runs = self._live.listed(fresh_s=0.0 if request.args.get("look") else self._every)
+            all_studies = self._studies(fresh_s=0.0 if request.args.get("look") else self._every)
         except ReportError as error:
             return _trouble(error)
-        view, all_studies = _requested_view(), studies(runs)
+        listed = [(each, _differs(each, all_studies)) for each in view.listed(all_studies)]
         return (
             environment()
             .get_template("list.html")
-            .render(
-                studies=all_studies,
-                listed=view.listed(all_studies),
-                view=view,
-                columns=SORTS,
-                max_studies=MAX_STUDIES,
-            )
+            .render(studies=all_studies, listed=listed, view=view, max_studies=MAX_STUDIES)
         )
 
     def study(self) -> Response | tuple[str, int]:
-        """Return the study as JSON, or 204 if the page already shows this version (`seen`)."""
-        view = _requested_view()
-        title = f"Study {view.study[:8]}" + (f" of {view.family}" if view.family else "")
-        window = f"{title}, {VIEWS[view.view]}, spiketrain dashboard"
-        if not view.study:
-            return _json(title="No study is picked", window="spiketrain dashboard", html=_PICK)
+        """Return a study as JSON, or 204 if the page already shows this version (`seen`).
+
+        `second` asks for the study beside the open one.
+        """
         try:
+            view, known = self._opened()
+            if not view.study:
+                return _json(window="spiketrain dashboard", html=_NOTHING)
             members = view.members(self._live.members(view.study))
             if not members:
-                return _json(title=title, window=window, html=_NO_RUN)
+                return _json(window="spiketrain dashboard", html=_NO_RUN)
             runs = view.picked(members)
             reports = self._live.reports(runs)
             version = _version(view, members, runs, reports)
@@ -113,77 +126,107 @@ class _Endpoints:
                 return "", 204
             study = self._live.study(runs)
         except ReportError as error:
-            return _json(title=title, window=window, html=_trouble(error))
+            return _json(window="spiketrain dashboard", html=_trouble(error))
         newest = None if view.runs is not None or runs == members else (len(runs), len(members))
-        html, drawings, _ = _render_study(view, study, reports, newest)
-        macros: Any = environment().get_template("macros.html").module
+        [found] = studies(members[:1]) if view.family else studies(members)[:1]
+        found = next((each for each in known if _is_at(each, view)), found)
+        html, offers = _render_study(
+            view,
+            study,
+            reports,
+            title=found.title,
+            facts=facts_of(found.fields),
+            differs=_differs(found, known, view),
+            hash=found.study[:8],
+            members=members,
+            picked=runs,
+            newest=newest,
+        )
         return _json(
-            title=title,
-            window=window,
+            study=found.study,
+            family=found.experiment,
+            window=f"{found.title}, {VIEWS[view.view]}, spiketrain dashboard",
             version=version,
-            boxes=macros.boxes(members),
-            picked=[run.short for run in runs],
             html=html,
-            drawings=drawings,
+            drawings=offers.drawings,
         )
 
     def csv(self) -> Response:
-        view, downloads = _requested_view(), {}
+        offers = Offers("")
         try:
+            view, _ = self._opened()
             runs = view.picked(self._live.members(view.study)) if view.study else []
             if runs:
-                *_, downloads = _render_study(
-                    view, self._live.study(runs), self._live.reports(runs), None
+                shown: Any = {"title": "", "facts": "", "differs": "", "hash": "", "newest": None}
+                _, offers = _render_study(
+                    view,
+                    self._live.study(runs),
+                    self._live.reports(runs),
+                    **shown,
+                    members=runs,
+                    picked=runs,
                 )
         except ReportError as error:
             return Response(f"{error}\n", 503, mimetype="text/plain")
         name = request.args.get("name", "")
-        if (table := downloads.get(name)) is None:
+        if (table := offers.tables.get(name)) is None:
             return Response(
                 f"dashboard: there is no table {name[:100]!r}\n", 404, mimetype="text/plain"
             )
         return Response(table.to_csv(), mimetype="text/csv")
 
+    def _studies(self, *, fresh_s: float) -> Sequence[StoredStudy]:
+        return studies(self._live.listed(fresh_s=fresh_s))
+
+    def _opened(self) -> tuple[ViewState, Sequence[StoredStudy]]:
+        """Return the requested view, of the newest study if it names none, and all studies."""
+        view, known = _requested_view(), self._studies(fresh_s=self._every)
+        if not view.study and known:
+            view = view.at_study(known[0])
+        return (view.second if request.args.get("second") else view), known
+
+
+def _is_at(study: StoredStudy, view: ViewState) -> bool:
+    return study.study == view.study and view.family in ("", study.experiment)
+
+
+def _differs(
+    study: StoredStudy, known: Sequence[StoredStudy], view: ViewState | None = None
+) -> str:
+    """How a study differs from the one beside it, or else from the next older one of its family."""
+    others = [each for each in known if view is not None and _is_at(each, view.second)]
+    family = [each for each in known if each.experiment == study.experiment]
+    older = [each for each in family if each.newest < study.newest]
+    for other in (*others, *older, *family):
+        if other.study != study.study:
+            return difference(study.fields, other.fields)
+    return ""
+
 
 def _render_study(
-    view: ViewState, study: Study, reports: Sequence[SuiteReport], newest: tuple[int, int] | None
-) -> tuple[str, dict[str, Any], dict[str, Table]]:
-    """Return the HTML of a study, and by key its drawings and the tables of its CSV links.
-
-    `newest`: the numbers of shown and of all runs, if only the newest runs are shown.
-    """
-    drawings: dict[str, Any] = {}
-    downloads: dict[str, Table] = {}
-
-    def offer(key: str, table: Table, figure: Figure | None = None) -> str:
-        """Register a table and its figure's drawing; return the URL of the table."""
-        downloads[key] = table
-        if figure is not None:
-            drawings[key] = drawn(figure)
-        return f"/csv{view.search or '?'}&name={key}"
-
-    def file(key: str, where: str) -> str:
-        """Return a file name that is unique among the downloads of all groups and suites."""
-        return f"{slug(where)[:_MAX_NAME] if where else view.study[:8]}-{key}"
-
-    sections = [section_of(group, group.key, (view.view,)) for group in study.groups]
-    html = (
-        environment()
-        .get_template("study.html")
-        .render(
-            view=view,
-            study=study,
-            sections=sections,
-            missing=[reason for each in sections for reason in each.reasons],
-            reports=reports,
-            newest=newest,
-            scaled=tables.scaling(study) if view.view == "costs" else None,
-            largest_said=LARGEST_SAID,
-            offer=offer,
-            file=file,
+    view: ViewState, study: Study, reports: Sequence[SuiteReport], **shown: Any
+) -> tuple[str, Offers]:
+    """Return the HTML of a study, with its drawings and the tables of its CSV links."""
+    offers = Offers(study.title, lambda key: f"/csv{view.search or '?'}&name={key}")
+    rules = study.groups[0].page_rules if study.groups else ()
+    sections = [
+        section_of(group, group.key, (view.view,), among=study.groups) for group in study.groups
+    ]
+    told = [
+        Told(
+            each.key,
+            each.title,
+            each.returned.claims,
+            tuple(swept(each.returned.sweeps, rules)),
+            each.printed,
+            each.note,
         )
-    )
-    return html, drawings, downloads
+        for each in reports
+    ]
+    template = environment().get_template("study.html")
+    place = f"{view.study[:8]}-{slug(view.family)}"
+    variables = what_to_show(study, sections, offers, [view.view], told)
+    return template.render(**variables, **shown, place=place), offers
 
 
 def _requested_view() -> ViewState:
@@ -207,7 +250,7 @@ def _version(
 
 
 def _json(**fields: Any) -> Response:
-    fields = {"version": "", "boxes": "", "picked": [], "drawings": {}, **fields}
+    fields = {"version": "", "study": "", "family": "", "drawings": {}, **fields}
     return Response(json.dumps(fields, allow_nan=False), mimetype="application/json")
 
 

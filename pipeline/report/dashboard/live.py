@@ -208,7 +208,7 @@ class Live:
         events = list(sent.events) or [Event(time=stored.started, attempt=0)]
         later: list[Step | Evaluation] = []
         for kind, prefix, more in (
-            (Step, "train", {"memory_bytes": None}),
+            (Step, "train", {"memory_bytes": stored.metrics.get("train/memory_bytes")}),
             (Evaluation, "val", {"samples": 0}),
         ):
             since = max((event.step for event in events if isinstance(event, kind)), default=-1)
