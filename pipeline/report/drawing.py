@@ -98,7 +98,7 @@ def scatter(
 
 
 def titled(text: str, **fields: Any) -> dict[str, Any]:
-    return {"title": {"text": text}, **fields}
+    return {"title": {"text": text, "font": {"size": 13}}, **fields}
 
 
 def color(index: int) -> str:

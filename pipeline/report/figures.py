@@ -177,7 +177,7 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
         table=_trade_off_table(group, name, points, front),
         drawing=drawing(
             data,
-            height=400,
+            height=390,
             hovermode="closest",
             xaxis=titled(f"{cost_title}, {unit}", rangemode="tozero"),
             yaxis=titled("top-1, %"),

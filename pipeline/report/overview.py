@@ -6,6 +6,7 @@ A rule without a finished run has live tiles: its newest accuracy, its memory, a
 from typing import NamedTuple
 
 from pipeline.core.units import format_quantity
+from pipeline.recipe import is_baseline
 from pipeline.report.metrics import COMPUTE, ENERGY, metric
 from pipeline.report.results import Run, describe_state
 from pipeline.report.study import Group, Spread
@@ -78,15 +79,18 @@ def _cost(group: Group, rule: str, label: str, name: str) -> Tile:
         percent(ratio.mean),
         f"of {against}'s",
         f"{text}, {against} {format_quantity(base.mean, kind=metric(name).unit)}",
-        _interval(ratio, percent(max(low, 0.0)), percent(high)),
+        _interval(ratio, percent(max(low, 0.0)).removesuffix(" %"), percent(high)),
         ratio.runs > 1,
     )
 
 
 def _alone(label: str, value: str, own: Spread, group: Group, rule: str) -> Tile:
     """A value without a ratio, and why there is none."""
-    why = group.undivided or f"no seed in common with {group.against}"
-    detail = "the baseline" if rule.startswith(group.against) and group.has_baseline else why
+    detail = f"no seed in common with {group.against}"
+    if not group.has_baseline:
+        detail = "no baseline"
+    elif is_baseline(rule, group.against):
+        detail = "the baseline"
     spread = "one run" if own.runs == 1 else f"mean of {own.runs} runs"
     return Tile(label, value, "", detail, spread, own.runs > 1)
 

@@ -32,15 +32,15 @@ from pipeline.report.results import ReportError, describe_state
 from pipeline.report.study import Group, Study
 from pipeline.report.suite import StudyPage
 from pipeline.report.sweeps import LARGEST_SAID, Swept, swept
-from pipeline.report.titles import facts_of, fields_of
+from pipeline.report.titles import facts_of, fields_of, shared_fields
 from pipeline.track.mlflow import log_report, tracking_uri
 
 VIEWS = {
-    "costs": "Savings and costs",
+    "costs": "Costs",
     "learning": "Learning curves",
     "time": "Where the time goes",
     "gradients": "Gradients and firing rates",
-    "claims": "Claims and memory against time steps",
+    "claims": "Claims and time steps",
     "runs": "Hardware and commits",
 }
 _NO_SWEEP = (
@@ -89,14 +89,13 @@ def render(study: Study) -> str:
     )
     if tables.scaling(study) is None:
         missing.append(_NO_SCALING)
-    first = study.groups[0].runs[0]
     return (
         environment()
         .get_template("page.html")
         .render(
             written_at=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-            title=sections[0].title,
-            facts=facts_of(fields_of(first)),
+            title=tables.title_of_runs(study.runs),
+            facts=facts_of(shared_fields(map(fields_of, study.runs))),
             mistakes=mistakes,
             confusion=mistakes and confusion(mistakes),
             plotly=Markup(base64.b64encode(plotly_script()).decode()),
@@ -194,6 +193,7 @@ class Section(NamedTuple):
     title: str
     differs: str  # from the group beside it; empty for the only group
     group: Group
+    rules: Sequence[tuple[str, str, Sequence[overview.Tile]]]  # rule, colour, tiles; see `_rules`
     main: Figure | Missing  # the large figure
     figures: Mapping[str, Sequence[Figure]]  # by view
     missing: Sequence[Missing]
@@ -203,29 +203,17 @@ class Section(NamedTuple):
         """A title that no other group of the page has."""
         return ", ".join(filter(None, (self.title, self.differs)))
 
-    @property
-    def rules(self) -> list[tuple[str, str, Sequence[overview.Tile]]]:
-        """Each rule with its colour and its tiles, the one to show first at the front."""
-        first = overview.first_rule(self.group)
-        rules = sorted(self.group.rules, key=lambda rule: rule != first)
-        places = map(self.group.place_of, rules)
-        return [
-            (rule, color(place), overview.tiles(self.group, rule))
-            for rule, place in zip(rules, places, strict=True)
-        ]
-
 
 def section_of(
     group: Group, key: str, views: Sequence[str] = (*FIGURES,), *, among: Sequence[Group] = ()
 ) -> Section:
     """The overview of a group and the figures of some views; `among`: all groups of the page.
 
-    The large figure is accuracy against memory. Before the first run has finished, it is that of
-    the learning curves.
+    The large figure is accuracy against memory. Until two rules have finished, it has the learning
+    curves.
     """
-    main = trade_off(group, "peak_saved_bytes")
-    if isinstance(main, Missing):
-        main = learning_curves(group)
+    is_compared = len(group.finished_rules) >= min(2, len(group.rules))
+    main = trade_off(group, "peak_saved_bytes") if is_compared else learning_curves(group)
     made = {
         view: [
             make(group)
@@ -240,7 +228,8 @@ def section_of(
         for view, some in made.items()
     }
     missing = [each for some in made.values() for each in some if isinstance(each, Missing)]
-    return Section(key, *tables.named(group, among=among), group, main, figures, missing)
+    title, differs = tables.named(group, among=among)
+    return Section(key, title, differs, group, _rules(group), main, figures, missing)
 
 
 def what_to_show(
@@ -273,6 +262,15 @@ def what_to_show(
         "scaled": tables.scaling(study),
         "largest_said": LARGEST_SAID,
     }
+
+
+def _rules(group: Group) -> list[tuple[str, str, Sequence[overview.Tile]]]:
+    """Each rule with its colour and its tiles. The rule to show first is at the front."""
+    first = overview.first_rule(group)
+    return [
+        (rule, color(group.place_of(rule)), overview.tiles(group, rule))
+        for rule in sorted(group.rules, key=lambda rule: rule != first)
+    ]
 
 
 def _name(figure: Figure | Missing) -> str:

@@ -235,8 +235,10 @@ class Group:
 
     def by_seed(self, rule: str, name: str) -> dict[int, float]:
         """The mean over the finished runs of each seed."""
-        by_seed: Any = self.values(rule, name).groupby(level=0)
-        return by_seed.mean().to_dict()
+        by_seed: dict[Any, list[float]] = {}
+        for seed, value in self.values(rule, name).items():
+            by_seed.setdefault(seed, []).append(value)
+        return {seed: statistics.fmean(values) for seed, values in sorted(by_seed.items())}
 
     def paired(self, rule: str, name: str) -> dict[int, float]:
         """The ratio to the rule `base_of(name)` in the same seed, by seed."""

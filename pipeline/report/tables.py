@@ -29,7 +29,7 @@ from pipeline.report.selection import (
     tuned_keys,
 )
 from pipeline.report.study import Group, Study, spread_of
-from pipeline.report.titles import difference, fields_of, title_of
+from pipeline.report.titles import difference, fields_of, shared_fields, title_of
 
 _ALWAYS = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")  # columns of every table of costs
 _HELD = "held."
@@ -366,15 +366,15 @@ def named(group: Group, *, among: Sequence[Group]) -> tuple[str, str]:
     """
     other = next((each for each in among if each is not group), None)
     if other is None:
-        return group_title(group), ""
+        return title_of_runs(group.runs), ""
     fields, others = (fields_of(each.runs[0]) for each in (group, other))
-    return group_title(group), difference(fields, others) or f"study {group.study[:8]}"
+    return title_of_runs(group.runs), difference(fields, others) or f"study {group.study[:8]}"
 
 
-def group_title(group: Group) -> str:
-    run = group.runs[0]
-    names = [str(each.recipe.get("name", each.name)) for each in group.runs]
-    return title_of(fields_of(run), names) or run.name
+def title_of_runs(runs: Sequence[Run]) -> str:
+    """A title of what the recipes of some runs share."""
+    names = [str(run.recipe.get("name", run.name)) for run in runs]
+    return title_of(shared_fields(map(fields_of, runs)), names) or runs[0].name
 
 
 def state_of(run: Run) -> str:
@@ -413,7 +413,7 @@ def _at_points(group: Group, rule: str) -> str:
 def _difference(group: Group, rule: str) -> str | None:
     """`-0.12 (-0.66 to 0.41): holds`: rule minus baseline, and the verdict on the claim."""
     if rule == group.against:
-        return None
+        return "baseline"
     lost = group.describe_lost(rule)
     difference = next((each for each in group.differences if each.rule == rule), None)
     loss = group.loss(rule)

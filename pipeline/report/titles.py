@@ -34,7 +34,10 @@ def title_of(fields: Mapping[str, str], names: Iterable[str], family: str = "") 
     """
     parts = [name.split("-") for name in dict.fromkeys(names)]
     common = takewhile(lambda each: len(set(each)) == 1, zip(*parts, strict=False))
-    name = "-".join(each[0] for each in common) or family or fields.get("family", "")
+    name = "-".join(each[0] for each in common)
+    if len(parts) > 1:  # a number at the end of what all names begin with is half of a value
+        name = name.rstrip("-0123456789")
+    name = name or family or fields.get("family", "")
     folder = next((fields[key] for key in _FOLDERS if key in fields), fields.get("data", ""))
     network, data = _last(fields.get("model", "")), PurePath(_last(folder)).name
     on = " on ".join(filter(None, (network, data)))
@@ -42,6 +45,14 @@ def title_of(fields: Mapping[str, str], names: Iterable[str], family: str = "") 
         filter(None, (on, f"T = {fields['time_steps']}" if "time_steps" in fields else ""))
     )
     return ": ".join(filter(None, (name, about)))
+
+
+def shared_fields(all_fields: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """The fields that have the same text everywhere."""
+    first, *others = all_fields
+    return {
+        key: text for key, text in first.items() if all(each.get(key) == text for each in others)
+    }
 
 
 def facts_of(fields: Mapping[str, str]) -> str:

@@ -56,7 +56,7 @@ def make_app(store: Store, *, name: str, every: float, patience_s: float | None 
     environment().filters |= {
         "seeds": _seeds,
         "states": describe_states,
-        "moment": lambda s: time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(s)),
+        "moment": lambda s: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(s)),
     }
     app = Flask(__name__, static_folder=str(WEB), static_url_path="/web", template_folder=None)
     endpoints = _Endpoints(Live(store), every)
@@ -100,7 +100,7 @@ class _Endpoints:
             all_studies = self._studies(fresh_s=0.0 if request.args.get("look") else self._every)
         except ReportError as error:
             return _trouble(error)
-        listed = [(each, _differs(each, all_studies)) for each in view.listed(all_studies)]
+        listed = [(each, _differs(each, all_studies)[1]) for each in view.listed(all_studies)]
         return (
             environment()
             .get_template("list.html")
@@ -157,7 +157,7 @@ class _Endpoints:
             view, _ = self._opened()
             runs = view.picked(self._live.members(view.study)) if view.study else []
             if runs:
-                shown: Any = {"title": "", "facts": "", "differs": "", "hash": "", "newest": None}
+                shown: Any = {"title": "", "facts": "", "differs": (), "hash": "", "newest": None}
                 _, offers = _render_study(
                     view,
                     self._live.study(runs),
@@ -192,15 +192,21 @@ def _is_at(study: StoredStudy, view: ViewState) -> bool:
 
 def _differs(
     study: StoredStudy, known: Sequence[StoredStudy], view: ViewState | None = None
-) -> str:
-    """How a study differs from the one beside it, or else from the next older one of its family."""
+) -> tuple[str, str]:
+    """The name of another study and the difference from it; both are empty without one.
+
+    The other study is the one beside it in the view, or else the next older one of its family.
+    """
     others = [each for each in known if view is not None and _is_at(each, view.second)]
     family = [each for each in known if each.experiment == study.experiment]
     older = [each for each in family if each.newest < study.newest]
     for other in (*others, *older, *family):
         if other.study != study.study:
-            return difference(study.fields, other.fields)
-    return ""
+            place = (
+                "beside it" if other in others else f"before it, {other.title.partition(':')[0]}"
+            )
+            return place, difference(study.fields, other.fields)
+    return "", ""
 
 
 def _render_study(

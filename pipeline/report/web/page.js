@@ -41,6 +41,7 @@ const Figures = (() => {
     if (theme === "light" && dark.matches) paper.print = ""; // the light colours, for paper
     const { data, layout } = coloured(drawing, getComputedStyle(document.documentElement));
     delete paper.print;
+    if (place.clientWidth < 480) Object.assign(layout.legend, { font: { size: 11 }, itemwidth: 30 });
     place.dataset.theme = theme;
     await Plotly.react(place, data, { ...layout, ...size }, config);
   };
