@@ -5,14 +5,14 @@ parameters of a run in MLflow.
 """
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from itertools import takewhile
 from pathlib import PurePath
 
 from pipeline.core.units import counted, first_few, rounded
 from pipeline.recipe.json import flat
 from pipeline.recipe.recipe import Role, roles
-from pipeline.report.results import Run, describe_conditions, describe_state
+from pipeline.report.results import Run, describe_conditions
 
 MACHINE = "machine"  # a field beside those of the recipe
 _FOLDERS = ("data.folder", "data.path", "data.root")
@@ -78,17 +78,12 @@ def difference(fields: Mapping[str, str], others: Mapping[str, str]) -> str:
         texts.append(f"tuned {', '.join(own)}" if own else "shared settings")
     for key in dict.fromkeys((*fields, *others)):
         pair = [_short(each.get(key, "none")) for each in (fields, others)]
-        if pair[0] != pair[1] and key not in (*own, *other) and _is_shared(key):
-            texts.append(
-                f"{key.rpartition('.')[2].replace('_', ' ')} {pair[0]} instead of {pair[1]}"
-            )
+        if pair[0] == pair[1] or key in (*own, *other) or not _is_shared(key):
+            continue
+        name = key.rpartition(".")[2].replace("_", " ")
+        words = f"on {pair[0]}" if key == MACHINE else f"{name} {pair[0]} instead of {pair[1]}"
+        texts.append(words)
     return first_few(texts, _MAX_DIFFERENCES)
-
-
-def states_of(runs: Sequence[Run]) -> str:
-    """The states of runs that have not finished, such as `running, no report for 25 min`."""
-    states = (describe_state(run.state, run.last_heard) for run in runs if not run.is_finished)
-    return ", ".join(dict.fromkeys(states))
 
 
 def _tuned(fields: Mapping[str, str]) -> Collection[str]:

@@ -17,7 +17,8 @@ from flask.testing import FlaskClient
 
 from pipeline.report.dashboard.app import make_app
 from pipeline.report.dashboard.guard import COOKIE, guard
-from pipeline.report.dashboard.permalink import VIEWS, ViewState
+from pipeline.report.dashboard.permalink import ViewState
+from pipeline.report.page import VIEWS
 from pipeline.report.stores import Store, StoredRun, open_store
 from tests.helpers.fake_store import FakeStore
 from tests.helpers.hand_made import CLAIM, KEY, recipe, study

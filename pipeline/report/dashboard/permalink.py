@@ -10,9 +10,9 @@ from typing import Any, Literal, Self, get_args
 from urllib.parse import parse_qs, urlencode
 
 from pipeline.recipe import is_baseline
+from pipeline.report.page import VIEWS
 from pipeline.report.stores import StoredRun, StoredStudy
 
-View = Literal["costs", "learning", "time", "gradients", "claims", "runs"]
 # The state filter of the list. A silent run is neither running nor known to have ended.
 Only = Literal["all", "running", "finished", "failed"]
 ONLY: dict[Only, tuple[str, frozenset[str]]] = {
@@ -29,7 +29,7 @@ class ViewState:
     study: str = ""  # the study key
     family: str = ""  # the experiment; several experiments may have the same study key
     runs: tuple[str, ...] | None = None  # short ids of the picked runs; None: see `picked`
-    view: View = "costs"
+    view: str = "costs"  # a key of `VIEWS`
     text: str = ""  # the text filter: a listed study has each word in some column
     only: Only = "all"
     beside: str = ""  # the study key of a second study
@@ -48,7 +48,7 @@ class ViewState:
             study=query.get("study", "")[:64],
             family=query.get("family", "")[:250],
             runs=_ids(query.get("runs")),
-            view=_value_or_default(query.get("view"), get_args(View), "costs"),
+            view=_value_or_default(query.get("view"), tuple(VIEWS), "costs"),
             text=query.get("text", "")[:200],
             only=_value_or_default(query.get("only"), get_args(Only), "all"),
             beside=query.get("beside", "")[:64],

@@ -49,6 +49,7 @@
     for (const item of document.querySelectorAll("#list li")) {
       const [isOpen, isBeside] = columns.map(({ study, family }) => study === item.dataset.study && family === item.dataset.family);
       item.classList.toggle("here", isOpen);
+      item.classList.toggle("second", isBeside);
       item.querySelector("a").toggleAttribute("aria-current", isOpen);
       const button = item.querySelector("[data-beside]");
       button.hidden = isOpen;
@@ -118,7 +119,9 @@
   const look = async (again) => {
     const mine = ++looks;
     clearTimeout(timer);
-    const results = await Promise.allSettled([showList(mine, again), ...columns.map((each) => showStudy(mine, each))]);
+    const listed = showList(mine, again);
+    if (list === null) await listed.catch(() => {}); // the first look: the list comes before the figures
+    const results = await Promise.allSettled([listed, ...columns.map((each) => showStudy(mine, each))]);
     if (mine !== looks || paused) return;
     const isLost = results.some((each) => each.status === "rejected");
     timer = setTimeout(look, isLost ? Math.min(every, 1000) : every, true);

@@ -62,7 +62,7 @@ const Figures = (() => {
   document.addEventListener("click", async (event) => {
     const button = event.target.closest("[data-png]");
     if (!button) return;
-    const place = button.closest("figure").querySelector(".panel:not(.off) [data-figure], :not(.panel) > [data-figure]");
+    const place = button.closest(".panel, figure").querySelector("[data-figure]");
     if (!place.dataset.theme) await draw(place);
     const size = { width: Math.max(720, place.clientWidth), height: place.clientHeight };
     await Plotly.downloadImage(place, { format: "png", filename: button.dataset.png, scale: 2, ...size });
