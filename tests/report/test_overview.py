@@ -51,9 +51,7 @@ def going(rule: str, *, state: str = "running", count: int = 4) -> Run:
         (
             (*BPTT, *SLTT[:2], run("SLTT", seed=2, state="diverged")),
             "SLTT",
-            [
-                "Accuracy|-0.50|points|90.00%, BPTT 91.00%|95 %: -0.50 to -0.50, 2 seeds, div"
-            ],
+            ["Accuracy|-0.50|points|90.00%, BPTT 91.00%|95 %: -0.50 to -0.50, 2 seeds, div"],
         ),
         (
             (*BPTT, going("SLTT")),
