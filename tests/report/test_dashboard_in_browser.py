@@ -246,8 +246,8 @@ def test_the_figure_says_whose_a_point_is(page: Page):
     viewed(page, "costs")
     page.evaluate("() => window.scrollTo(0, 0)")
     page.locator(".main .scatterlayer .trace").nth(1).locator(".point").first.hover(force=True)
-    expect(page.locator(".hoverlayer")).to_contain_text("BPTT, seed")
-    expect(page.locator(".hoverlayer")).to_contain_text("compute time")
+    expect(page.locator(".main .hoverlayer")).to_contain_text("BPTT, seed")
+    expect(page.locator(".main .hoverlayer")).to_contain_text("compute time")
 
 
 def test_a_click_on_a_rule_shows_its_tiles_and_stays(page: Page):
