@@ -212,14 +212,11 @@ def _runs_of(group: Group, rule: str, cost: Metric, *, scale: float, is_filled: 
 
 def _label(run: Run, cost: Metric) -> str:
     """The lines of a point's label, without a line for a quantity that was not measured."""
-    values = {name: (metric(name), run.value(name)) for name in (cost.name, COMPUTE, "wall_s")}
-    lines = [f"<b>{plain(run.rule)}</b>, seed {run.seed}", f"top-1 {run.value('top1'):.2%}"]
-    lines += [
-        f"{each.title} {format_quantity(value, kind=each.unit)}"
-        for each, value in values.values()
-        if value is not None
-    ]
-    return "<br>".join(lines)
+    metrics = [metric(name) for name in dict.fromkeys((cost.name, COMPUTE, "wall_s"))]
+    values = [(each, value) for each in metrics if (value := run.value(each.name)) is not None]
+    costs = [f"{each.title} {format_quantity(value, kind=each.unit)}" for each, value in values]
+    top1 = f"top-1 {run.value('top1'):.2%}"
+    return "<br>".join([f"<b>{plain(run.rule)}</b>, seed {run.seed}", top1, *costs])
 
 
 def _trade_off_caption(group: Group, cost_metric: Metric) -> str:

@@ -10,6 +10,7 @@ import gzip
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from pipeline.core.files import write_whole
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import rounded
 from pipeline.report import overview, tables
-from pipeline.report.claims import SuiteResult
+from pipeline.report.claims import Claim, SuiteResult
 from pipeline.report.compare import finite
 from pipeline.report.drawing import NOT_MEASURED, Cell, Figure, Missing, Table, color, slug
 from pipeline.report.figures import learning_curves, ratios, standings, time_parts, trade_off
@@ -31,7 +32,7 @@ from pipeline.report.metrics import ENERGY
 from pipeline.report.results import ReportError, describe_state
 from pipeline.report.study import Group, Study
 from pipeline.report.suite import StudyPage
-from pipeline.report.sweeps import LARGEST_SAID, Swept, swept
+from pipeline.report.sweeps import LARGEST_SAID, swept
 from pipeline.report.titles import facts_of, fields_of, shared_fields
 from pipeline.track.mlflow import log_report, tracking_uri
 
@@ -76,19 +77,18 @@ def render(study: Study) -> str:
         section_of(group, f"g{index}", among=study.groups)
         for index, group in enumerate(study.groups, 1)
     ]
-    sweeps = tuple(swept(study.sweeps, study.groups[0].page_rules))
-    report = Told("", "", study.claims, sweeps, study.printed)
+    report = SuiteReport(claims=study.claims, sweeps=study.sweeps, printed=study.printed)
+    variables = what_to_show(study, sections, offers, [*VIEWS], [report])
     fine_tuned = [RunFolder(run.folder).mistakes for run in study.runs]
     mistakes = (
         json.loads(fine_tuned[0].read_text())
         if len(fine_tuned) == 1 and fine_tuned[0].exists()
         else None
     )
-    missing: list[tuple[str, str]] = (
-        [] if any(each.figures for each in report.sweeps) else [_NO_SWEEP]
-    )
-    if tables.scaling(study) is None:
-        missing.append(_NO_SCALING)
+    if not variables["memory"]:
+        variables["missing"].append(_NO_SWEEP)
+    if variables["scaled"] is None:
+        variables["missing"].append(_NO_SCALING)
     return (
         environment()
         .get_template("page.html")
@@ -101,7 +101,7 @@ def render(study: Study) -> str:
             plotly=Markup(base64.b64encode(plotly_script()).decode()),
             css=Markup((WEB / "page.css").read_text()),
             js=Markup((WEB / "page.js").read_text()),
-            **what_to_show(study, sections, offers, [*VIEWS], [report], missing),
+            **variables,
         )
     )
 
@@ -156,7 +156,7 @@ class Offers:
     def __init__(self, title: str, link: Callable[[str], str] | None = None) -> None:
         self.drawings: dict[str, Any] = {}
         self.tables: dict[str, Table] = {}
-        self._title, self._link = slug(title)[:_MAX_NAME], link
+        self.title, self._link = slug(title)[:_MAX_NAME], link
 
     def table(self, key: str, table: Table) -> str:
         """Offer a table. Returns its address."""
@@ -170,20 +170,18 @@ class Offers:
         self.drawings[key] = figure.drawing
         return self.table(key, figure.table)
 
-    def file(self, key: str) -> str:
-        """The name of a file without its ending."""
-        return f"{self._title}-{key}"
 
+@dataclass(frozen=True, kw_only=True)
+class SuiteReport:
+    """What a suite's own report returned and printed. Without a title, it is of the whole page."""
 
-class Told(NamedTuple):
-    """What a suite's own report told. Without its title, it is that of the whole page."""
-
-    key: str
-    title: str
-    claims: Sequence[Any]
-    sweeps: Sequence[Swept]
-    printed: str
-    note: str = ""
+    key: str = ""  # begins the names of its files
+    title: str = ""  # the suite, with the commits and machines of its shown runs
+    version: str = ""
+    claims: Sequence[Claim] = ()
+    sweeps: Sequence[Mapping[str, Any]] = ()
+    printed: str = ""
+    note: str = ""  # why the report is omitted
 
 
 class Section(NamedTuple):
@@ -214,17 +212,13 @@ def section_of(
     """
     is_compared = len(group.finished_rules) >= min(2, len(group.rules))
     main = trade_off(group, "peak_saved_bytes") if is_compared else learning_curves(group)
-    made = {
-        view: [
-            make(group)
-            for make in FIGURES.get(view, ())
-            # Without a baseline, a note replaces the figure of ratios.
-            if make is not ratios or group.has_baseline
-        ]
-        for view in views
-    }
+    made = {view: [make(group) for make in FIGURES.get(view, ())] for view in views}
     figures = {
-        view: [each for each in some if isinstance(each, Figure) and each.name != _name(main)]
+        view: [
+            each
+            for each in some
+            if isinstance(each, Figure) and each.name != getattr(main, "name", "")
+        ]
         for view, some in made.items()
     }
     missing = [each for some in made.values() for each in some if isinstance(each, Missing)]
@@ -237,27 +231,26 @@ def what_to_show(
     sections: Sequence[Section],
     offers: Offers,
     views: Sequence[str],
-    reports: Sequence[Told],
-    missing: Sequence[tuple[str, str]] = (),
+    reports: Sequence[SuiteReport],
 ) -> dict[str, Any]:
     """The variables of the templates that the page and the dashboard share."""
-    reasons = [(each.title, f"{one.name}: {each.why}") for one in sections for each in one.missing]
+    rules = study.groups[0].page_rules if study.groups else ()
+    told = [(each, [*swept(each.sweeps, rules)]) for each in reports]
     return {
         "study": study,
         "sections": sections,
         "offers": offers,
         "views": views,
         "titles": VIEWS,
-        "reports": reports,
-        "missing": [*reasons, *missing],
+        "reports": told,
+        "missing": [
+            (each.title, f"{one.name}: {each.why}") for one in sections for each in one.missing
+        ],
         "memory": [
-            (
-                f"{f'{one.key}-' if one.key else ''}{sweep.key}-{sweep.figures[0].name}",
-                sweep.figures[0],
-            )
-            for one in reports
-            for sweep in one.sweeps
-            if sweep.figures
+            (f"{report.key}{one.key}-{one.figures[0].name}", one.figures[0])
+            for report, sweeps in told
+            for one in sweeps
+            if one.figures
         ],
         "scaled": tables.scaling(study),
         "largest_said": LARGEST_SAID,
@@ -271,10 +264,6 @@ def _rules(group: Group) -> list[tuple[str, str, Sequence[overview.Tile]]]:
         (rule, color(group.place_of(rule)), overview.tiles(group, rule))
         for rule in sorted(group.rules, key=lambda rule: rule != first)
     ]
-
-
-def _name(figure: Figure | Missing) -> str:
-    return figure.name if isinstance(figure, Figure) else ""
 
 
 def shown(cell: Cell) -> str:

@@ -336,7 +336,8 @@ def _read_journal(file: Path) -> SentJournal:
 # of MLflow 3.17.2.
 _RUNS = f"""
     select r.run_uuid, r.name, e.name, r.status, r.start_time,
-        coalesce(r.end_time, r.start_time), json_group_object(t.key, t.value)
+        coalesce(r.end_time, r.start_time), json_group_object(t.key, t.value),
+        (select json_group_object(p.key, p.value) from params p where p.run_uuid = r.run_uuid)
     from runs r
     join experiments e on e.experiment_id = r.experiment_id
     join tags k on k.run_uuid = r.run_uuid and k.key = '{KIND_TAG}' and k.value = 'run'
@@ -350,7 +351,6 @@ _OF_STUDY = """
 _LATEST = """
     select r.run_uuid, r.key, r.value, r.is_nan, r.timestamp from latest_metrics r where true
 """
-_PARAMS = "select r.run_uuid, r.key, r.value from params r where true"
 _ARTIFACT_URI = "select artifact_uri from runs where run_uuid = ? and lifecycle_stage = 'active'"
 _HISTORY = """
     select step, timestamp, value, is_nan from metrics
@@ -369,15 +369,11 @@ class SqliteStore(Store):
         with self._connection() as connection:
             rows = connection.execute(_RUNS + condition + _IN_ORDER, values).fetchall()
             latest = connection.execute(_LATEST + condition, values).fetchall()
-            fields = connection.execute(_PARAMS + condition, values).fetchall()
         times: dict[str, int] = {}
         metrics: dict[str, dict[str, float]] = {}
         for run, key, value, is_nan, time in latest:
             metrics.setdefault(run, {})[key] = math.nan if is_nan else value
             times[run] = max(time, times.get(run, 0))
-        params: dict[str, dict[str, str]] = {}
-        for run, key, value in fields:
-            params.setdefault(run, {})[key] = value
         return [
             StoredRun(
                 id=run,
@@ -388,9 +384,9 @@ class SqliteStore(Store):
                 newest=max(ended or 0, times.get(run, 0)) / 1000,
                 tags=json.loads(tags),
                 metrics=metrics.get(run, {}),
-                params=params.get(run, {}),
+                params=json.loads(params),
             )
-            for run, name, experiment, status, started, ended, tags in rows
+            for run, name, experiment, status, started, ended, tags, params in rows
         ]
 
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:

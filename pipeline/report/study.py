@@ -157,19 +157,15 @@ class Group:
         return self.against in self.finished_rules
 
     @property
-    def several_baselines(self) -> str:
-        """A text such as `several BPTTs with different optimizer.lr; name one`, or empty."""
-        labelled = [run for run in self.runs if run.rule.startswith(f"{self.against} (")]
-        if self.has_baseline or not any(run.is_finished for run in labelled):
-            return ""
-        return f"several {self.against}s with different {', '.join(_differing(labelled))}; name one"
-
-    @property
     def undivided(self) -> str:
         """The reason why the group has no ratios; empty if a run of the baseline has finished."""
+        labelled = [run for run in self.runs if run.rule.startswith(f"{self.against} (")]
         if self.has_baseline:
             return ""
-        return self.several_baselines or f"no run of {self.against} in this group has finished"
+        if any(run.is_finished for run in labelled):
+            fields = ", ".join(_differing(labelled))
+            return f"several {self.against}s with different {fields}; name one"
+        return f"no finished run of {self.against} is shown"
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -28,7 +28,7 @@ from pipeline.report.selection import (
     recipe_value,
     tuned_keys,
 )
-from pipeline.report.study import Group, Study, spread_of
+from pipeline.report.study import Group, Spread, Study, spread_of
 from pipeline.report.titles import difference, fields_of, shared_fields, title_of
 
 _ALWAYS = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")  # columns of every table of costs
@@ -169,11 +169,15 @@ def headline(group: Group) -> Headline | None:
     memory, time = (percent(ratio) for ratio in ratios[best])
     base = group.base_of(COMPUTE)
     whose = "its" if base == group.against else f"{base}'s"
-    return Headline(
-        best,
-        f"{best} used {memory} of {group.against}'s memory and {time} of {whose} time"
-        f" {_at_points(group, best)}",
+    loss = group.loss(best)
+    is_lost = loss is not None and loss.interval is not None and loss.interval[0] > 0
+    parts = (
+        f"{best} used {memory} of {group.against}'s memory and {time} of {whose} time at"
+        f" {_points(loss, digits=1, unit=' points')}",
+        "a clear loss of accuracy" if is_lost else "",
+        group.describe_lost(best),
     )
+    return Headline(best, ", ".join(filter(None, parts)))
 
 
 def percent(ratio: float) -> str:
@@ -398,32 +402,26 @@ def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
     return f"{rounded(value / scale, digits=4 if like is None else 2)} {unit}".rstrip()
 
 
-def _at_points(group: Group, rule: str) -> str:
-    """The difference of accuracy: `at -0.3 points (-0.9 to 0.3)`, and what was clearly lost."""
-    loss = group.loss(rule)
+def _points(loss: Spread | None, *, digits: int, unit: str = "") -> str:
+    """Rule minus baseline with its interval: `-0.3 points (-0.9 to 0.3)`."""
     if loss is None:
-        return "without a measured accuracy"
-    low, high = loss.interval or (0.0, 0.0)
-    interval = "one seed" if loss.interval is None else f"{-high:z.1f} to {-low:z.1f}"
-    at = f"at {-loss.mean:z.1f} points ({interval})"
-    clear = "a clear loss of accuracy" if low > 0 else ""
-    return ", ".join(filter(None, (at, clear, group.describe_lost(rule))))
+        return "an accuracy that was not measured"
+    mean, interval = f"{-loss.mean:z.{digits}f}{unit}", "one seed"
+    if loss.interval is not None:
+        low, high = loss.interval
+        interval = f"{-high:z.{digits}f} to {-low:z.{digits}f}"
+    return f"{mean} ({interval})"
 
 
 def _difference(group: Group, rule: str) -> str | None:
     """`-0.12 (-0.66 to 0.41): holds`: rule minus baseline, and the verdict on the claim."""
     if rule == group.against:
         return "baseline"
-    lost = group.describe_lost(rule)
-    difference = next((each for each in group.differences if each.rule == rule), None)
-    loss = group.loss(rule)
-    if difference is not None:
-        interval = f"({-difference.high:z.2f} to {-difference.low:z.2f})"
-        verdict = difference.verdict(group.within)
-        text = f"{-difference.mean:z.2f} {interval}: {verdict}"
-    else:
-        text = "" if loss is None else f"{-loss.mean:z.2f} (one seed)"
-    return ", ".join(filter(None, (text, lost))) or None
+    loss, verdicts = group.loss(rule), {each.rule: each for each in group.differences}
+    text = "" if loss is None else _points(loss, digits=2)
+    if rule in verdicts:
+        text += f": {verdicts[rule].verdict(group.within)}"
+    return ", ".join(filter(None, (text, group.describe_lost(rule)))) or None
 
 
 def _cells(

@@ -5,11 +5,11 @@ parameters of a run in MLflow.
 """
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from itertools import takewhile
 from pathlib import PurePath
 
-from pipeline.core.units import counted, first_few, rounded
+from pipeline.core.units import first_few, rounded
 from pipeline.recipe.json import flat
 from pipeline.recipe.recipe import Role, roles
 from pipeline.report.results import Run, describe_conditions
@@ -57,13 +57,8 @@ def shared_fields(all_fields: Iterable[Mapping[str, str]]) -> dict[str, str]:
 
 def facts_of(fields: Mapping[str, str]) -> str:
     """The settings that a reader asks for first, and the machine."""
-    texts = [
-        f"{words} {fields[key]}"
-        for key, words in (("batch_size", "batch"), ("optimizer.lr", "lr"))
-        if key in fields
-    ]
-    if fields.get("epochs", "").isdigit():
-        texts.append(counted(int(fields["epochs"]), "epoch"))
+    named = (("batch_size", "batch {}"), ("optimizer.lr", "lr {}"), ("epochs", "epochs {}"))
+    texts = [text.format(fields[key]) for key, text in named if key in fields]
     return " · ".join(filter(None, (*texts, fields.get("precision"), fields.get(MACHINE))))
 
 
@@ -86,11 +81,8 @@ def difference(fields: Mapping[str, str], others: Mapping[str, str]) -> str:
     return first_few(texts, _MAX_DIFFERENCES)
 
 
-def _tuned(fields: Mapping[str, str]) -> Collection[str]:
-    try:
-        return tuple(json.loads(fields.get("tuned", "[]")))
-    except ValueError:
-        return ()
+def _tuned(fields: Mapping[str, str]) -> list[str]:
+    return json.loads(fields.get("tuned", "[]")) or []
 
 
 def _is_shared(key: str) -> bool:

@@ -17,14 +17,14 @@ from typing import Any
 from flask import Flask, Response, request
 
 from pipeline.report.dashboard.guard import guard
-from pipeline.report.dashboard.live import Live, SuiteReport
+from pipeline.report.dashboard.live import Live
 from pipeline.report.dashboard.permalink import ONLY, ViewState, describe_states
 from pipeline.report.drawing import slug
 from pipeline.report.page import (
     VIEWS,
     WEB,
     Offers,
-    Told,
+    SuiteReport,
     environment,
     plotly_script,
     section_of,
@@ -33,13 +33,11 @@ from pipeline.report.page import (
 from pipeline.report.results import ReportError, describe_state
 from pipeline.report.stores import Store, StoredRun, StoredStudy, open_store, studies
 from pipeline.report.study import Study
-from pipeline.report.sweeps import swept
 from pipeline.report.titles import difference, facts_of
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.mlflow_store import without_password
 
 MAX_STUDIES = 200  # in a list
-_NOTHING = "<p class='note'>The store has no run of spiketrain yet.</p>"
 _NO_RUN = "<p class='note'>The store has no run of this study.</p>"
 _PLOTLY = "/plotly.js"
 
@@ -114,8 +112,6 @@ class _Endpoints:
         """
         try:
             view, known = self._opened()
-            if not view.study:
-                return _json(window="spiketrain dashboard", html=_NOTHING)
             members = view.members(self._live.members(view.study))
             if not members:
                 return _json(window="spiketrain dashboard", html=_NO_RUN)
@@ -128,15 +124,14 @@ class _Endpoints:
         except ReportError as error:
             return _json(window="spiketrain dashboard", html=_trouble(error))
         newest = None if view.runs is not None or runs == members else (len(runs), len(members))
-        [found] = studies(members[:1]) if view.family else studies(members)[:1]
-        found = next((each for each in known if _is_at(each, view)), found)
+        found = studies(members)[0]
         html, offers = _render_study(
             view,
             study,
             reports,
             title=found.title,
             facts=facts_of(found.fields),
-            differs=_differs(found, known, view),
+            differs=_differs(found, known, view.beside),
             hash=found.study[:8],
             members=members,
             picked=runs,
@@ -152,24 +147,17 @@ class _Endpoints:
         )
 
     def csv(self) -> Response:
-        offers = Offers("")
+        name = request.args.get("name", "")
+        shown: Any = {"title": "", "facts": "", "differs": (), "hash": "", "newest": None}
         try:
             view, _ = self._opened()
-            runs = view.picked(self._live.members(view.study)) if view.study else []
-            if runs:
-                shown: Any = {"title": "", "facts": "", "differs": (), "hash": "", "newest": None}
-                _, offers = _render_study(
-                    view,
-                    self._live.study(runs),
-                    self._live.reports(runs),
-                    **shown,
-                    members=runs,
-                    picked=runs,
-                )
+            runs = view.picked(self._live.members(view.study))
+            shown |= {"members": runs, "picked": runs}
+            study, reports = self._live.study(runs), self._live.reports(runs)
         except ReportError as error:
             return Response(f"{error}\n", 503, mimetype="text/plain")
-        name = request.args.get("name", "")
-        if (table := offers.tables.get(name)) is None:
+        table = _render_study(view, study, reports, **shown)[1].tables.get(name)
+        if table is None:
             return Response(
                 f"dashboard: there is no table {name[:100]!r}\n", 404, mimetype="text/plain"
             )
@@ -186,26 +174,18 @@ class _Endpoints:
         return (view.second if request.args.get("second") else view), known
 
 
-def _is_at(study: StoredStudy, view: ViewState) -> bool:
-    return study.study == view.study and view.family in ("", study.experiment)
-
-
-def _differs(
-    study: StoredStudy, known: Sequence[StoredStudy], view: ViewState | None = None
-) -> tuple[str, str]:
+def _differs(study: StoredStudy, known: Sequence[StoredStudy], beside: str = "") -> tuple[str, str]:
     """The name of another study and the difference from it; both are empty without one.
 
-    The other study is the one beside it in the view, or else the next older one of its family.
+    The other study has the key `beside`, or else it is the next older one of the family.
     """
-    others = [each for each in known if view is not None and _is_at(each, view.second)]
-    family = [each for each in known if each.experiment == study.experiment]
+    others = [each for each in known if each.study != study.study]
+    at_side = [each for each in others if each.study == beside]
+    family = [each for each in others if each.experiment == study.experiment]
     older = [each for each in family if each.newest < study.newest]
-    for other in (*others, *older, *family):
-        if other.study != study.study:
-            place = (
-                "beside it" if other in others else f"before it, {other.title.partition(':')[0]}"
-            )
-            return place, difference(study.fields, other.fields)
+    for other in (*at_side, *older, *family):
+        name = "beside it" if at_side else f"before it, {other.title.partition(':')[0]}"
+        return name, difference(study.fields, other.fields)
     return "", ""
 
 
@@ -214,24 +194,12 @@ def _render_study(
 ) -> tuple[str, Offers]:
     """Return the HTML of a study, with its drawings and the tables of its CSV links."""
     offers = Offers(study.title, lambda key: f"/csv{view.search or '?'}&name={key}")
-    rules = study.groups[0].page_rules if study.groups else ()
     sections = [
         section_of(group, group.key, (view.view,), among=study.groups) for group in study.groups
     ]
-    told = [
-        Told(
-            each.key,
-            each.title,
-            each.returned.claims,
-            tuple(swept(each.returned.sweeps, rules)),
-            each.printed,
-            each.note,
-        )
-        for each in reports
-    ]
     template = environment().get_template("study.html")
     place = f"{view.study[:8]}-{slug(view.family)}"
-    variables = what_to_show(study, sections, offers, [view.view], told)
+    variables = what_to_show(study, sections, offers, [view.view], reports)
     return template.render(**variables, **shown, place=place), offers
 
 
