@@ -97,10 +97,12 @@ def _unfinished(group: Group, rule: str) -> tuple[Tile, ...]:
         value, detail = f"{points[0].top1:.2%}", f"{kind} after {points[0].step} batches"
     steps = (event for event in reversed(run.journal()) if isinstance(event, Step))
     memory = next((event.memory_bytes for event in steps if event.memory_bytes), None)
-    in_use = _NONE if memory is None else format_quantity(memory, kind="B")
+    in_use = (
+        (_NONE, "", "") if memory is None else (format_quantity(memory, kind="B"), "", "in use now")
+    )
     return (
         Tile("Accuracy", value, detail=detail, spread=f"{state}, seed {run.seed}"),
-        Tile("Memory", in_use, detail="in use now", spread="saved bytes follow at the end"),
+        Tile("Memory", *in_use, "saved bytes follow at the end"),
         _time_left(run, done),
         Tile("Energy", _NONE, spread="estimated at the end"),
     )

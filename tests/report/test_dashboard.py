@@ -174,24 +174,15 @@ def test_another_host_takes_a_token(refused: Refused, store: str, words: tuple[s
 
 def test_an_address_is_what_it_shows():
     place = ViewState(
-        study=KEY,
-        family="a b&c",
-        runs=("01", "23"),
-        view="learning",
-        text="x=y",
-        only="running",
-        beside=OTHER,
-        beside_family="cifar",
-        beside_runs=(),
+        study=KEY, family="a b&c", runs=("01", "23"), view="learning", text="x=y", beside=OTHER
     )
-    assert (
-        ViewState.at(place.search) == place
-        and ViewState.at("") == ViewState()
-        and ViewState().search == ""
-    )
+    assert ViewState.at(place.search) == place
+    assert ViewState.at("") == ViewState() and ViewState().search == ""
     assert ViewState.at(ViewState(runs=()).search).runs == ()
-    assert ViewState.at("?view=nothing&only=x&sort=__class__&runs=none") == ViewState(runs=())
-    assert place.second.study == OTHER and place.second.second == place
+    assert ViewState.at("?view=nothing&sort=__class__&runs=none") == ViewState(runs=())
+    second = ViewState.at(f"{place.search}&beside_family=b&beside_runs=45", second=True)
+    other = {"study": OTHER, "family": "b", "runs": ("45",), "beside": KEY}
+    assert second == replace(place, **other)
 
 
 def test_the_list_filters_and_has_the_newest_first(store: FakeStore, asking: Asking):
@@ -204,8 +195,8 @@ def test_the_list_filters_and_has_the_newest_first(store: FakeStore, asking: Ask
     for search, kept in (
         ("?text=sltt+fashion", KEY),
         ("?text=OTTT", OTHER),
-        ("?only=failed", OTHER),
-        ("?only=finished", KEY),
+        ("?text=failed", OTHER),
+        ("?text=finished", KEY),
     ):
         found = asking.list(search)
         assert (
@@ -229,7 +220,7 @@ def test_the_list_tells_the_protocols_apart_and_finds_them(store: FakeStore, ask
 def test_a_change_of_the_list_asks_the_store_for_no_other(store: FakeStore):
     asking = Asking(store, every=60)
     asking.list()
-    for search in ("?text=sltt", "?view=time", "?only=failed", f"?study={KEY}&view=time"):
+    for search in ("?text=sltt", "?view=time", "?text=failed", f"?study={KEY}&view=time"):
         assert "of 2 studies" in asking.list(search, look=False)
     assert store.asked == [("listed",)]
     store.add("new", study="e" * 16)
@@ -574,7 +565,7 @@ def test_a_state_has_one_word_in_the_list_the_filter_the_boxes_and_the_figures(
     assert "1 diverged, 2 failed, 1 stopped" in asking.list(
         "?text=diverged"
     ) and "0 of 2 studies" in asking.list("?text=killed")
-    assert "1 of 2 studies" in asking.list("?only=failed")
+    assert "1 of 2 studies" in asking.list("?text=diverged")
     shown, runs = (asking.study(f"?study={OTHER}&view={view}") for view in ("costs", "runs"))
     rows = [
         re.findall("<t[hd][^>]*>(.*?)</t[hd]>", row)[:5]
@@ -586,18 +577,18 @@ def test_a_state_has_one_word_in_the_list_the_filter_the_boxes_and_the_figures(
         assert [name, "SLTT", "0", OTHER[:8], state] in rows
     assert "0, 1 failed, 1 stopped, 1 diverged" in shown["html"]
     store.members = [run for run in store.members if run.name in ("lost", "bptt-0")]
-    assert "1 of 2 studies" in asking.list("?only=failed") and "1 of 2 studies" in asking.list(
-        "?only=finished"
+    assert "1 of 2 studies" in asking.list("?text=failed") and "1 of 2 studies" in asking.list(
+        "?text=finished"
     )
 
 
 def test_the_list_tells_silent_runs_from_those_that_go_on(store: FakeStore, asking: Asking):
     store.add("dead", study=OTHER, status="RUNNING", experiment="cifar", newest=0.0)
     assert "1 failed, 1 silent" in asking.list("?text=silent") and "0 of 2 studies" in asking.list(
-        "?only=running"
+        "?text=running"
     )
     store.add("alive", study=OTHER, status="RUNNING", experiment="cifar", newest=time.time() - 30)
-    found = asking.list("?only=running")
+    found = asking.list("?text=running")
     assert (
         "1 of 2 studies" in found
         and OTHER[:8] in found

@@ -296,10 +296,6 @@ def test_the_list_is_filtered(page: Page):
     expect(studies(page)).to_contain_text("cifar")
     page.get_by_label("Filter by name").fill("")
     expect(studies(page)).to_have_count(2)
-    page.get_by_role("button", name="finished").click()
-    expect(studies(page)).to_have_count(1)
-    page.get_by_role("button", name="all", exact=True).click()
-    expect(studies(page)).to_have_count(2)
 
 
 def _text(page: Page, what: str) -> str:
@@ -363,11 +359,6 @@ def test_presses_in_quick_succession_all_count(browser: Browser, address: str):
             expect(page.get_by_role("button", name=view, exact=True)).to_have_attribute(
                 "aria-pressed", "true"
             )
-        for name in ("finished", "all", "running", "all") * 2:
-            page.get_by_role("button", name=name, exact=True).click()
-        expect(page.get_by_role("button", name="all", exact=True)).to_have_attribute(
-            "aria-pressed", "true"
-        )
         expect(studies(page)).to_have_count(2)
         drawn(page, 4)
 
@@ -468,7 +459,7 @@ def test_what_is_pressed_is_seen_without_colours_of_ours(page: Page):
         "each => [getComputedStyle(each, '::before').content.includes('\\u2713'), each.ariaPressed]"
     )
     found = [button.evaluate(ticked) for button in page.locator("[data-change]").all()]
-    assert found.count([True, "true"]) == 2 and found.count([False, "false"]) == len(found) - 2
+    assert found.count([True, "true"]) == 1 and found.count([False, "false"]) == len(found) - 1
     assert (
         page.locator("tr.here").evaluate("each => getComputedStyle(each).outlineStyle") == "solid"
     )

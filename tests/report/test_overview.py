@@ -72,7 +72,7 @@ def going(rule: str, *, state: str = "running", count: int = 4) -> Run:
             (going("SLTT", count=1),),
             "SLTT",
             [
-                "Accuracy|–||running, seed 0, 0 of 100 batches||False",
+                "Accuracy|–||0 of 100 batches|running, seed 0|False",
                 "Memory|–|||saved bytes follow at the end|False",
                 "Time|–||0 of 100 batches|no batch is timed yet|False",
             ],

@@ -18,7 +18,7 @@ from flask import Flask, Response, request
 
 from pipeline.report.dashboard.guard import guard
 from pipeline.report.dashboard.live import Live
-from pipeline.report.dashboard.permalink import ONLY, ViewState, describe_states
+from pipeline.report.dashboard.permalink import ViewState, describe_states
 from pipeline.report.drawing import slug
 from pipeline.report.page import (
     VIEWS,
@@ -64,7 +64,6 @@ def make_app(store: Store, *, name: str, every: float, patience_s: float | None 
         .render(
             name=name,
             plotly=f"{_PLOTLY}?{hashlib.sha256(plotly_script()).hexdigest()[:8]}",
-            only={key: words for key, (words, _) in ONLY.items()},
             every=f"{every:g}",
             patience=patience_s or max(30.0, 5 * every),
         )
@@ -106,10 +105,7 @@ class _Endpoints:
         )
 
     def study(self) -> Response | tuple[str, int]:
-        """Return a study as JSON, or 204 if the page already shows this version (`seen`).
-
-        `second` asks for the study beside the open one.
-        """
+        """Return a study as JSON, or 204 if the page already shows this version (`seen`)."""
         try:
             view, known = self._opened()
             members = view.members(self._live.members(view.study))
@@ -171,7 +167,7 @@ class _Endpoints:
         view, known = _requested_view(), self._studies(fresh_s=self._every)
         if not view.study and known:
             view = view.at_study(known[0])
-        return (view.second if request.args.get("second") else view), known
+        return view, known
 
 
 def _differs(study: StoredStudy, known: Sequence[StoredStudy], beside: str = "") -> tuple[str, str]:
@@ -204,7 +200,9 @@ def _render_study(
 
 
 def _requested_view() -> ViewState:
-    return ViewState.at(request.query_string.decode("ascii", "replace"))
+    """The requested view; `second` requests that of the second study."""
+    query = request.query_string.decode("ascii", "replace")
+    return ViewState.at(query, second="second" in request.args)
 
 
 def _version(
