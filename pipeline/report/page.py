@@ -188,18 +188,13 @@ class Section(NamedTuple):
     """A group: its overview, and the figures of each view."""
 
     key: str
-    title: str
+    name: str  # no other group of the page has it
     differs: str  # from the group beside it; empty for the only group
     group: Group
-    rules: Sequence[tuple[str, str, Sequence[overview.Tile]]]  # rule, colour, tiles; see `_rules`
+    rules: Sequence[tuple[str, str, Sequence[overview.Tile]]]  # rule, colour, tiles
     main: Figure | Missing  # the large figure
     figures: Mapping[str, Sequence[Figure]]  # by view
     missing: Sequence[Missing]
-
-    @property
-    def name(self) -> str:
-        """A title that no other group of the page has."""
-        return ", ".join(filter(None, (self.title, self.differs)))
 
 
 def section_of(
@@ -223,7 +218,13 @@ def section_of(
     }
     missing = [each for some in made.values() for each in some if isinstance(each, Missing)]
     title, differs = tables.named(group, among=among)
-    return Section(key, title, differs, group, _rules(group), main, figures, missing)
+    first = overview.first_rule(group)
+    rules = [
+        (rule, color(group.place_of(rule)), overview.tiles(group, rule))
+        for rule in sorted(group.rules, key=lambda rule: rule != first)
+    ]
+    name = ", ".join(filter(None, (title, differs)))
+    return Section(key, name, differs, group, rules, main, figures, missing)
 
 
 def what_to_show(
@@ -255,15 +256,6 @@ def what_to_show(
         "scaled": tables.scaling(study),
         "largest_said": LARGEST_SAID,
     }
-
-
-def _rules(group: Group) -> list[tuple[str, str, Sequence[overview.Tile]]]:
-    """Each rule with its colour and its tiles. The rule to show first is at the front."""
-    first = overview.first_rule(group)
-    return [
-        (rule, color(group.place_of(rule)), overview.tiles(group, rule))
-        for rule in sorted(group.rules, key=lambda rule: rule != first)
-    ]
 
 
 def shown(cell: Cell) -> str:

@@ -16,7 +16,6 @@ from pipeline.report.results import Run, describe_conditions
 
 MACHINE = "machine"  # a field beside those of the recipe
 _FOLDERS = ("data.folder", "data.path", "data.root")
-_MAX_DIFFERENCES = 4
 
 
 def fields_of(run: Run) -> dict[str, str]:
@@ -78,7 +77,7 @@ def difference(fields: Mapping[str, str], others: Mapping[str, str]) -> str:
         name = key.rpartition(".")[2].replace("_", " ")
         words = f"on {pair[0]}" if key == MACHINE else f"{name} {pair[0]} instead of {pair[1]}"
         texts.append(words)
-    return first_few(texts, _MAX_DIFFERENCES)
+    return first_few(texts, 4)
 
 
 def _tuned(fields: Mapping[str, str]) -> list[str]:

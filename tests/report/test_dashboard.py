@@ -576,10 +576,6 @@ def test_a_state_has_one_word_in_the_list_the_filter_the_boxes_and_the_figures(
         assert cells in shown["html"]
         assert [name, "SLTT", "0", OTHER[:8], state] in rows
     assert "0, 1 failed, 1 stopped, 1 diverged" in shown["html"]
-    store.members = [run for run in store.members if run.name in ("lost", "bptt-0")]
-    assert "1 of 2 studies" in asking.list("?text=failed") and "1 of 2 studies" in asking.list(
-        "?text=finished"
-    )
 
 
 def test_the_list_tells_silent_runs_from_those_that_go_on(store: FakeStore, asking: Asking):

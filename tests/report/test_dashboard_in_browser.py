@@ -26,7 +26,7 @@ from pipeline.report.dashboard.guard import guard
 from pipeline.report.page import VIEWS
 from pipeline.track.journal import read
 from pipeline.track.mlflow import Mirror, sync
-from tests.helpers.browser import Watch, violations
+from tests.helpers.browser import Watch, below_the_first_screen, violations
 from tests.helpers.events import RawJournal, event
 from tests.helpers.fake_store import FakeStore
 from tests.helpers.hand_made import CLAIM, KEY
@@ -205,20 +205,6 @@ def test_each_view_is_accessible(
         accessible(page)
 
 
-def test_each_figure_is_a_picture_to_take_away(page: Page):
-    names: list[str] = []
-    for view in VIEWS:
-        viewed(page, view)
-        for button in page.get_by_role("button", name="PNG of").all():
-            with page.expect_download() as picture:
-                button.click()
-            names.append(picture.value.suggested_filename)
-            assert picture.value.path().read_bytes().startswith(b"\x89PNG"), names
-    assert names[1].startswith("study-s-g") and names[1].endswith("-ratios.png")
-    assert len(names) == sum(count for _, count in SHOWN.values())
-    assert len(set(names)) == len(names) - len(VIEWS) + 1  # each view has the large figure
-
-
 def test_a_study_of_several_groups_is_accessible(browser: Browser):
     store = FakeStore()
     for workers, rule in itertools.product((1, 2), ("BPTT", "SLTT")):
@@ -232,22 +218,9 @@ def test_a_study_of_several_groups_is_accessible(browser: Browser):
 
 
 def test_the_first_screen_has_the_tiles_and_the_figure(page: Page):
-    for width, height in (WIDE, PHONE):
-        page.set_viewport_size({"width": width, "height": height})
-        shown = ".tiles:not(.off)" + (", .main .drawing" if width == WIDE[0] else "")
-        viewed(page, "costs")
-        page.evaluate("() => window.scrollTo(0, 0)")
-        for part in page.locator(shown).all():
-            box = part.bounding_box()
-            assert box is not None and box["y"] >= 0 and box["y"] + box["height"] <= height
-
-
-def test_the_figure_says_whose_a_point_is(page: Page):
     viewed(page, "costs")
-    page.evaluate("() => window.scrollTo(0, 0)")
-    page.locator(".main .scatterlayer .trace").nth(1).locator(".point").first.hover(force=True)
-    expect(page.locator(".main .hoverlayer")).to_contain_text("BPTT, seed")
-    expect(page.locator(".main .hoverlayer")).to_contain_text("compute time")
+    assert not below_the_first_screen(page, WIDE, ".tiles:not(.off), .main .drawing")
+    assert not below_the_first_screen(page, PHONE, ".tiles:not(.off)")
 
 
 def test_a_click_on_a_rule_shows_its_tiles_and_stays(page: Page):

@@ -14,7 +14,7 @@ from pipeline.report.page import shown
 from pipeline.report.study import Study
 from pipeline.report.suite import read_study
 from pipeline.spiking.op_scope import OpScope
-from tests.helpers.browser import Watch, violations
+from tests.helpers.browser import Watch, below_the_first_screen, violations
 from tests.helpers.events import RawJournal, event
 from tests.helpers.hand_made import run, study
 from tests.helpers.real_study import train_real_study
@@ -184,12 +184,8 @@ def test_a_change_of_scheme_and_paper_redraw_the_figures(page: Page, watch: Watc
 
 
 def test_the_first_screen_has_the_tiles_and_the_figure(page: Page):
-    for width, height in (WIDE, PHONE):
-        page.set_viewport_size({"width": width, "height": height})
-        shown = ".tiles:not(.off)" + (", .main .drawing" if width == WIDE[0] else "")
-        for part in page.locator(shown).all():
-            box = part.bounding_box()
-            assert box is not None and box["y"] >= 0 and box["y"] + box["height"] <= height
+    assert not below_the_first_screen(page, WIDE, ".tiles:not(.off), .main .drawing")
+    assert not below_the_first_screen(page, PHONE, ".tiles:not(.off)")
 
 
 def test_a_click_on_a_rule_shows_its_tiles(page: Page):
@@ -234,19 +230,6 @@ def test_the_large_figure_switches_to_memory_against_time_steps(browser: Browser
         page.locator(".panel:not(.off)").get_by_role("button", name="PNG").click()
     assert picture.value.suggested_filename.endswith("-memory-against-time-steps.png")
     assert violations(page) == [] and watch.said == []
-
-
-@pytest.mark.full
-def test_a_report_of_42_runs_is_small(tmp_path: Path):
-    rules = ("BPTT", *(f"RULE-{index}" for index in range(6)))
-    runs = [
-        run(rule, seed=seed, study=16 * letter, name=f"{letter}-{rule}-{seed}")
-        for letter in "ab"
-        for rule in rules
-        for seed in range(3)
-    ]
-    path = pages.write(Study(title="claims", runs=tuple(runs)), tmp_path / "report.html")
-    assert len(runs) == 42 and path.stat().st_size <= 2_500_000
 
 
 def test_no_table_is_wider_than_paper(browser: Browser, tmp_path: Path):

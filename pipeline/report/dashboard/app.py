@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from flask import Flask, Response, request
+from markupsafe import Markup
 
+from pipeline.core.units import first_few
 from pipeline.report.dashboard.guard import guard
 from pipeline.report.dashboard.live import Live
 from pipeline.report.dashboard.permalink import ViewState, describe_states
@@ -38,8 +40,11 @@ from pipeline.track.mlflow import tracking_uri
 from pipeline.track.mlflow_store import without_password
 
 MAX_STUDIES = 200  # in a list
-_NO_RUN = "<p class='note'>The store has no run of this study.</p>"
+_NO_RUN = "The store has no run of this study"
+_WINDOW = "spiketrain dashboard"
 _PLOTLY = "/plotly.js"
+# A browser keeps plotly.js, because the page's address of it names its content.
+_KEPT = {"Content-Encoding": "gzip", "Cache-Control": "private, max-age=31536000, immutable"}
 
 
 def make_app(store: Store, *, name: str, every: float, patience_s: float | None = None) -> Flask:
@@ -52,7 +57,7 @@ def make_app(store: Store, *, name: str, every: float, patience_s: float | None 
             `every`, at least 30.
     """
     environment().filters |= {
-        "seeds": _seeds,
+        "seeds": lambda seeds: first_few(seeds, 6),
         "states": describe_states,
         "moment": lambda s: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(s)),
     }
@@ -69,19 +74,14 @@ def make_app(store: Store, *, name: str, every: float, patience_s: float | None 
         )
     )
     app.add_url_rule("/", "shell", lambda: shell)
-    app.add_url_rule(_PLOTLY, "plotly", _plotly)
+    app.add_url_rule(
+        _PLOTLY,
+        "plotly",
+        lambda: Response(plotly_script(), mimetype="text/javascript", headers=_KEPT),
+    )
     for endpoint in (endpoints.list, endpoints.study, endpoints.csv):
         app.add_url_rule(f"/{endpoint.__name__}", view_func=endpoint)
     return app
-
-
-def _plotly() -> Response:
-    """Return plotly.js, which a browser keeps: the page's address of it names its content."""
-    headers = {
-        "Content-Encoding": "gzip",
-        "Cache-Control": "private, max-age=31536000, immutable",
-    }
-    return Response(plotly_script(), mimetype="text/javascript", headers=headers)
 
 
 class _Endpoints:
@@ -104,13 +104,13 @@ class _Endpoints:
             .render(studies=all_studies, listed=listed, view=view, max_studies=MAX_STUDIES)
         )
 
-    def study(self) -> Response | tuple[str, int]:
+    def study(self) -> dict[str, Any] | tuple[str, int]:
         """Return a study as JSON, or 204 if the page already shows this version (`seen`)."""
         try:
             view, known = self._opened()
             members = view.members(self._live.members(view.study))
             if not members:
-                return _json(window="spiketrain dashboard", html=_NO_RUN)
+                return {"window": _WINDOW, "html": _trouble(_NO_RUN)}
             runs = view.picked(members)
             reports = self._live.reports(runs)
             version = _version(view, members, runs, reports)
@@ -118,7 +118,7 @@ class _Endpoints:
                 return "", 204
             study = self._live.study(runs)
         except ReportError as error:
-            return _json(window="spiketrain dashboard", html=_trouble(error))
+            return {"window": _WINDOW, "html": _trouble(error)}
         newest = None if view.runs is not None or runs == members else (len(runs), len(members))
         found = studies(members)[0]
         html, offers = _render_study(
@@ -133,14 +133,14 @@ class _Endpoints:
             picked=runs,
             newest=newest,
         )
-        return _json(
-            study=found.study,
-            family=found.experiment,
-            window=f"{found.title}, {VIEWS[view.view]}, spiketrain dashboard",
-            version=version,
-            html=html,
-            drawings=offers.drawings,
-        )
+        return {
+            "study": found.study,
+            "family": found.experiment,
+            "window": f"{found.title}, {VIEWS[view.view]}, {_WINDOW}",
+            "version": version,
+            "html": html,
+            "drawings": offers.drawings,
+        }
 
     def csv(self) -> Response:
         name = request.args.get("name", "")
@@ -221,20 +221,10 @@ def _version(
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 
-def _json(**fields: Any) -> Response:
-    fields = {"version": "", "study": "", "family": "", "drawings": {}, **fields}
-    return Response(json.dumps(fields, allow_nan=False), mimetype="application/json")
-
-
-def _trouble(error: Exception) -> str:
-    macros: Any = environment().get_template("macros.html").module
-    return macros.trouble(str(error)[:1].upper() + str(error)[1:])
-
-
-def _seeds(seeds: Sequence[str]) -> str:
-    if len(seeds) <= 6:
-        return ", ".join(seeds)
-    return f"{', '.join(seeds[:3])} ... {seeds[-1]} ({len(seeds)})"
+def _trouble(reason: object) -> str:
+    text = str(reason)
+    note = "<p class='note' role='alert'>{}.</p>"
+    return Markup(note).format(text[:1].upper() + text[1:])
 
 
 _THREADS = 8

@@ -63,8 +63,6 @@ class ViewState:
         return f"?{urlencode(fields)}" if fields else ""
 
     def at_study(self, study: StoredStudy) -> Self:
-        if (self.study, self.family) == (study.study, study.experiment):
-            return self
         return replace(self, study=study.study, family=study.experiment, runs=None)
 
     def listed(self, studies: Sequence[StoredStudy]) -> list[StoredStudy]:
