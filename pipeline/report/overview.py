@@ -28,7 +28,7 @@ class Tile(NamedTuple):
     unit: str = ""  # such as `of BPTT's`
     detail: str = ""  # the absolute values, or why there is no ratio
     spread: str = ""  # the 95 % interval
-    is_certain: bool = False  # whether there is an interval
+    is_certain: bool = False  # whether there is an interval, of a ratio above 0
     progress: float | None = None  # in 0..1, of a run that trains
 
 
@@ -68,7 +68,7 @@ def _finished(group: Group, rule: str, label: str, name: str) -> Tile:
     if is_accuracy:  # rule minus baseline
         large, ends = f"{-relative.mean:+z.2f}", f"{-high:z.2f} to {-low:z.2f}"
     else:
-        large, ends = percent(relative.mean), f"{100 * low:.0f} to {percent(high)}"
+        large, ends = percent(relative.mean), f"{100 * max(low, 0):.0f} to {percent(high)}"
     interval = f"95 %: {ends}, {relative.runs} seeds"
     lost = group.describe_lost(rule) if is_accuracy else ""
     return Tile(

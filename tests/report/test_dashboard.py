@@ -4,7 +4,6 @@ of a store in trouble.
 
 import gzip
 import html
-import json
 import re
 import sqlite3
 import time
@@ -22,7 +21,7 @@ from pipeline.report.dashboard.permalink import ViewState
 from pipeline.report.page import VIEWS
 from pipeline.report.stores import Store, StoredRun, open_store
 from tests.helpers.fake_store import FakeStore
-from tests.helpers.hand_made import CLAIM, KEY, recipe, study
+from tests.helpers.hand_made import CLAIM, KEY, study
 from tests.helpers.small import Refused
 from tests.report.test_figures import LARGEST
 
@@ -257,8 +256,6 @@ def test_the_newest_study_is_open_and_says_how_it_differs(store: FakeStore, aski
     assert (opened["study"], opened["family"]) == ("e" * 16, "fashion")
     assert opened["window"] == "b-bptt: vgg, T = 4, Costs, spiketrain dashboard"
     assert ">b-bptt: vgg, T = 4</h2>" in opened["html"] and "lr 0.1 · H100" in opened["html"]
-    listed = asking.list()
-    assert "<b>b-bptt: vgg, T = 4</b>" in listed and "<b>a-bptt: vgg, T = 4</b>" in listed
     beside = f"?beside={'d' * 16}&beside_family=fashion"
     differs = "lr 0.1 instead of 0.03, on H100"
     assert f"Unlike the study beside it:</span> {differs}" in asking.show(beside)
@@ -442,13 +439,6 @@ def test_claims_and_sweeps_of_each_suite_are_a_view(store: FakeStore, asking: As
     assert "no claims, sweep or report" in Asking(store).show(search, seen=before)
 
 
-def test_all_claims_are_shown(store: FakeStore):
-    store.add_finished("sltt-2", "SLTT", seed=2, parent="first")
-    store.add_report("first", *(replace(CLAIM, about=f"rule {index}") for index in range(60)))
-    shown = Asking(store).show(f"?study={KEY}&view=claims")
-    assert "rule 59" in shown and "The first 40" not in shown
-
-
 def several_groups(store: FakeStore) -> None:
     """Runs by two workers beside those by one; each rule's are of a suite that tells one claim and
     one sweep, twice.
@@ -497,52 +487,6 @@ def _groups(asking: Asking) -> Iterator[tuple[str, str]]:
     for text in re.findall('download="([^"]*)-costs.csv"', asking.show(f"?study={KEY}")):
         name, _, key = text.rpartition("-")
         yield key, name
-
-
-def test_what_the_reader_of_means_must_know_stands_beside_them(store: FakeStore):
-    said = "SLTT has 2 runs of seed 0: ratios and differences use their mean as one run"
-    assert said not in Asking(store).show(f"?study={KEY}")
-    store.add_finished("sltt-again", "SLTT")
-    assert said in Asking(store).show(f"?study={KEY}")
-
-
-def test_what_training_holds_and_the_published_run_are_shown_as_on_the_page(
-    store: FakeStore, asking: Asking
-):
-    for each in store.members[1:]:
-        summary = json.loads(store.texts[each.id, "summary.json"])
-        store.texts[each.id, "summary.json"] = json.dumps(
-            {**summary, "held": {"parameters": 4e6, "gradients": 4e6}}
-        )
-    made = {"version": 1, "recipe": recipe("SLTT", published=[[1, 0.5], [2, 0.95]])}
-    [one] = [run for run in store.members if run.name == "sltt-0"]
-    store.texts[one.id, "recipe.json"] = json.dumps(made)
-    shown = asking.show(f"?study={KEY}")
-    assert "Memory in training" in shown and "Bytes of one worker by kind, without ZeRO" in shown
-    held = asking.client.get(f"/csv?study={KEY}&name={GROUP}-held").get_data(as_text=True)
-    assert held.splitlines()[1] == "BPTT,4 MB ± 0 MB,,4 MB ± 0 MB,,,,1 kB ± 0 kB"
-    learning = asking.show(f"?study={KEY}&view=learning")
-    assert (
-        "Comparison with the published run" in learning
-        and "sltt-0: 5.0 points below the published run at epoch 2" in learning
-    )
-    assert "Comparison with the published run" not in shown
-
-
-def test_several_tunings_of_the_baseline_are_named(store: FakeStore):
-    for name, rate in (("bptt-0", 0.1), ("bptt-1", 0.3)):
-        made = recipe(
-            "BPTT",
-            tuned=["optimizer.lr"],
-            optimizer={"target": "timm.optim.create", "kwargs": {"lr": rate}},
-        )
-        store.texts[(name * 32)[:32], "recipe.json"] = json.dumps({"version": 1, "recipe": made})
-    shown = Asking(store).show(f"?study={KEY}")
-    assert (
-        "No baseline: several BPTTs with different optimizer.lr; name one. There are no ratios."
-        in shown
-    )
-    assert "is picked" not in shown
 
 
 def test_a_run_that_nobody_hears_of_says_so_beside_its_state(store: FakeStore):

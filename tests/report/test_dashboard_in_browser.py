@@ -2,7 +2,6 @@
 system's Chromium.
 """
 
-import itertools
 import json
 import os
 import re
@@ -165,18 +164,11 @@ def viewed(page: Page, view: str, paper: str = LIGHT) -> None:
 
 
 def accessible(page: Page) -> None:
-    """With its tables open, and no wider than its window."""
+    """With its tables open, and no wider than its window; axe knows the order of headings."""
     page.evaluate("() => document.querySelectorAll('details').forEach(each => each.open = true)")
     assert violations(page) == []
     page.wait_for_function(
         "() => document.documentElement.scrollWidth <= window.innerWidth", timeout=5000
-    )
-    levels = [
-        int(each.evaluate("node => node.tagName[1]"))
-        for each in page.locator("h1, h2, h3, h4").all()
-    ]
-    assert levels[0] == 1 and all(
-        after <= before + 1 for before, after in itertools.pairwise(levels)
     )
 
 
@@ -202,18 +194,6 @@ def test_each_view_is_accessible(
     page.emulate_media(color_scheme=scheme)
     for view in VIEWS:
         viewed(page, view, paper)
-        accessible(page)
-
-
-def test_a_study_of_several_groups_is_accessible(browser: Browser):
-    store = FakeStore()
-    for workers, rule in itertools.product((1, 2), ("BPTT", "SLTT")):
-        store.add_finished(f"{workers}-{rule}", rule, workers=workers)
-    with served_here(store) as address, opened(browser, address) as page:
-        drawn(page, 8)
-        accessible(page)
-        page.get_by_role("button", name=VIEWS["runs"], exact=True).click()
-        expect(page.locator(STUDY)).to_contain_text("How the groups differ")
         accessible(page)
 
 
@@ -260,15 +240,6 @@ def test_two_studies_stand_side_by_side(browser: Browser):
         page.set_viewport_size({"width": WIDE[0], "height": WIDE[1]})
         page.get_by_role("button", name="Beside the open study: fashion: T = 4").click()
         expect(columns.nth(1)).to_be_hidden()
-
-
-def test_the_list_is_filtered(page: Page):
-    expect(studies(page)).to_have_count(2)
-    page.get_by_label("Filter by name").fill("opzo cifar")
-    expect(studies(page)).to_have_count(1)
-    expect(studies(page)).to_contain_text("cifar")
-    page.get_by_label("Filter by name").fill("")
-    expect(studies(page)).to_have_count(2)
 
 
 def _text(page: Page, what: str) -> str:
