@@ -50,6 +50,12 @@ def tiles(group: Group, rule: str) -> tuple[Tile, ...]:
     return tuple(_finished(group, rule, *each) for each in _QUANTITIES)
 
 
+def training(group: Group) -> list[tuple[str, Tile]]:
+    """The runs that train, each with the tile of its time."""
+    running = [run for run in group.runs if run.state == "running"]
+    return [(f"{run.rule}, seed {run.seed}", _time_left(run)) for run in running]
+
+
 def _finished(group: Group, rule: str, label: str, name: str) -> Tile:
     is_accuracy, kind, against = name == "top1", metric(name).unit, group.base_of(name)
     own, base = (group.spread(each, name) for each in (rule, against))
@@ -85,7 +91,7 @@ def _unfinished(group: Group, rule: str) -> tuple[Tile, ...]:
     """Tiles of the run that is furthest, a running one first."""
     run = max(group.of(rule), key=lambda each: (each.state == "running", each.history.step))
     past, state = run.history, describe_state(run.state, run.last_heard)
-    done = f"{past.step} of {run.total_steps or '?'} batches"
+    done = _batches(run)
     if run.state != "running":
         end = Tile("Accuracy", state, detail=f"seed {run.seed}, after {done}")
         others = _QUANTITIES[1:]
@@ -103,14 +109,18 @@ def _unfinished(group: Group, rule: str) -> tuple[Tile, ...]:
     return (
         Tile("Accuracy", value, detail=detail, spread=f"{state}, seed {run.seed}"),
         Tile("Memory", *in_use, "saved bytes follow at the end"),
-        _time_left(run, done),
+        _time_left(run),
         Tile("Energy", _NONE, spread="estimated at the end"),
     )
 
 
-def _time_left(run: Run, done: str) -> Tile:
+def _batches(run: Run) -> str:
+    return f"{run.history.step} of {run.total_steps or '?'} batches"
+
+
+def _time_left(run: Run) -> Tile:
     """The batches that are left, at the mean time of those that are done."""
-    past, total = run.history, run.total_steps
+    past, total, done = run.history, run.total_steps, _batches(run)
     if not past.curve or not past.step or not total:
         return Tile("Time", _NONE, detail=done, spread="no batch is timed yet")
     seconds = past.curve[-1].seconds / past.curve[-1].step

@@ -282,7 +282,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    templates.globals |= {"tables": tables, "standings": standings}
+    templates.globals |= {"tables": tables, "standings": standings, "training": overview.training}
     templates.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     templates.filters |= {"shown": shown, "described": describe_state}
     return templates

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pipeline.report.overview import first_rule, tiles
+from pipeline.report.overview import first_rule, tiles, training
 from pipeline.report.results import Run
 from tests.helpers.hand_made import events, group_of, made, recipe, run
 
@@ -105,3 +105,8 @@ def test_tiles(runs: tuple[Run, ...], rule: str, said: list[str]):
 )
 def test_the_best_rule_or_one_that_trains_is_shown_first(runs: tuple[Run, ...], rule: str):
     assert first_rule(group_of(*runs)) == rule
+
+
+def test_runs_that_train_beside_finished_ones_are_named():
+    [(name, time)] = training(group_of(*BPTT, *SLTT, going("OTTT-A")))
+    assert (name, time.value, time.progress) == ("OTTT-A, seed 0", "8 s", 0.5)
