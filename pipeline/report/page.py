@@ -248,7 +248,7 @@ def what_to_show(
             (each.title, f"{one.name}: {each.why}") for one in sections for each in one.missing
         ],
         "memory": [
-            (f"{report.key}{one.key}-{one.figures[0].name}", one.figures[0])
+            ("-".join(filter(None, (report.key, one.key, one.figures[0].name))), one.figures[0])
             for report, sweeps in told
             for one in sweeps
             if one.figures

@@ -128,7 +128,7 @@ class Live:
             title = f"{name} ({suite[:8]}){commit}, on {'; '.join(machines)}"
             read = partial(self._read_report, suite)
             report = self._cached(("report", suite), read, fresh_s=_FRESH_S)
-            reports.append(replace(report, key=f"{suite[:8]}-", title=title))
+            reports.append(replace(report, key=suite[:8], title=title))
         return reports
 
     def run(self, stored: StoredRun) -> Run:
