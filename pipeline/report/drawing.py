@@ -1,7 +1,6 @@
 """A figure of a report: a drawing, its data as a table, and an alternative text of one sentence.
 
-A drawing has the form that plotly.js takes: `data` and `layout`. It names its colours, and each
-theme has a value for each name.
+A drawing has the form that plotly.js takes: `data` and `layout`, with names in place of colours.
 """
 
 import re
@@ -15,61 +14,10 @@ NOT_MEASURED = "not measured"
 Cell = str | int | float | None  # None: not measured
 
 
-class Colour(str):
-    """The name of a colour of a theme."""
-
-
-PAPER, INK, MUTED, GRID, SCALE = map(Colour, ("paper", "ink", "muted", "grid", "scale"))
-# The colours of `series` have a contrast of at least 4.5 : 1 to `paper`. Colour-blind readers can
-# tell them apart. The baseline has the first. `scale` is the colour scale of heat maps, 0 to 1.
-THEMES: dict[str, dict[str, Any]] = {
-    "light": {
-        "paper": "#fdfcf9",
-        "ink": "#22201c",
-        "muted": "#5f5a50",
-        "grid": "#e4dfd4",
-        "series": (
-            "#22201c",
-            "#0b5fa5",
-            "#b3450b",
-            "#00705a",
-            "#8f3f80",
-            "#6b5d00",
-            "#3f4cb8",
-            "#a12b3a",
-        ),
-        "scale": (
-            (0.0, "#f3efe6"),
-            (0.25, "#c3d3e0"),
-            (0.5, "#7fa6c9"),
-            (0.75, "#35709f"),
-            (1.0, "#0b3c68"),
-        ),
-    },
-    "dark": {
-        "paper": "#191a1d",
-        "ink": "#ece8df",
-        "muted": "#b1aca0",
-        "grid": "#35363b",
-        "series": (
-            "#ece8df",
-            "#6cb4ee",
-            "#f2945c",
-            "#3ecfae",
-            "#e29ad3",
-            "#dcc84a",
-            "#a3b0ff",
-            "#ff9ba6",
-        ),
-        "scale": (
-            (0.0, "#22242a"),
-            (0.25, "#26435e"),
-            (0.5, "#3a709d"),
-            (0.75, "#73a9d3"),
-            (1.0, "#d6e9f8"),
-        ),
-    },
-}
+# The names of colours, which are custom properties of page.css: page.js puts in the values of the
+# reader's scheme. The baseline has the first colour of `--series`. `SCALE` is that of heat maps.
+PAPER, INK, MUTED, GRID = "--paper", "--ink", "--muted", "--grid"
+SCALE = [(index / 4, f"--scale-{index}") for index in range(5)]
 _SERIES = 8
 SYMBOLS = ("square", "circle", "diamond", "triangle-up", "triangle-down", "cross", "x", "star")
 PATTERNS = ("", "/", "\\", ".", "x", "-", "|", "+")
@@ -99,10 +47,7 @@ class Figure:
     caption: str  # how to read the figure
     alt: str  # the content in one sentence
     table: Table
-    drawing: dict[str, Any]  # data and layout, with `Colour`s
-
-    def draw(self, theme: str) -> Any:
-        return _coloured(self.drawing, THEMES[theme])
+    drawing: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,12 +98,12 @@ def scatter(
 
 
 def titled(text: str, **fields: Any) -> dict[str, Any]:
-    return {"title": {"text": text}, **fields}
+    return {"title": {"text": text, "font": {"size": 13}}, **fields}
 
 
-def color(index: int) -> Colour:
+def color(index: int) -> str:
     """The colour of a rule or of a part of the time, by its position."""
-    return Colour(f"series {index % _SERIES}")
+    return f"--series-{index % _SERIES}"
 
 
 def symbol(index: int) -> str:
@@ -192,12 +137,3 @@ def plain(text: str) -> str:
 
 def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower() or "study"
-
-
-def _coloured(value: Any, theme: dict[str, Any]) -> Any:
-    if isinstance(value, Colour):
-        name, _, index = value.partition(" ")
-        return theme[name][int(index)] if index else theme[name]
-    if isinstance(value, dict):
-        return {name: _coloured(item, theme) for name, item in value.items()}
-    return [_coloured(item, theme) for item in value] if isinstance(value, (list, tuple)) else value

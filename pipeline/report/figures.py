@@ -28,7 +28,14 @@ from pipeline.report.drawing import (
     titled,
 )
 from pipeline.report.history import Point
-from pipeline.report.metrics import ENERGY, ENERGY_MEASURED, Metric, compared_metrics, metric
+from pipeline.report.metrics import (
+    COMPUTE,
+    ENERGY,
+    ENERGY_MEASURED,
+    Metric,
+    compared_metrics,
+    metric,
+)
 from pipeline.report.results import Run
 from pipeline.report.study import Group, Spread
 from pipeline.report.tables import MEASURED_CAPTION, prices
@@ -86,7 +93,7 @@ def ratios(group: Group) -> Figure | Missing:
             ),
         ),
         drawing=drawing(
-            _ratio_markers(rules, names, ratio_of),
+            _ratio_markers(group, rules, names, ratio_of),
             height=110 + len(names) * max(52, 30 * len(rules)),
             xaxis=titled(f"multiple of {plain(group.against)}", range=[0, 1.3 * max_x]),
             yaxis={
@@ -102,12 +109,16 @@ def ratios(group: Group) -> Figure | Missing:
 
 
 def _ratio_markers(
-    rules: Sequence[str], names: Sequence[str], ratio_of: Mapping[tuple[str, str], Spread]
+    group: Group,
+    rules: Sequence[str],
+    names: Sequence[str],
+    ratio_of: Mapping[tuple[str, str], Spread],
 ) -> list[dict[str, Any]]:
     """A trace of markers for each rule, with a vertical offset between the rules."""
     data = []
-    for index, rule in enumerate(rules, start=1):
-        offset = 0.6 * ((index - 1) / (len(rules) - 1) - 0.5) if len(rules) > 1 else 0.0
+    for position, rule in enumerate(rules):
+        index = group.place_of(rule)
+        offset = 0.6 * (position / (len(rules) - 1) - 0.5) if len(rules) > 1 else 0.0
         rows = [names.index(name) for of_rule, name in ratio_of if of_rule == rule]
         ratios = [ratio for (of_rule, _), ratio in ratio_of.items() if of_rule == rule]
         data.append(
@@ -128,7 +139,7 @@ def _ratio_markers(
 
 
 def trade_off(group: Group, name: str) -> Figure | Missing:
-    """Accuracy against a cost. Rules on the Pareto front are marked."""
+    """Accuracy against a cost, with a point for each run. Rules on the Pareto front are marked."""
     cost_metric = metric(name)
     cost_title = cost_metric.title
     title = f"Accuracy against {cost_title}"
@@ -152,24 +163,9 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
             hoverinfo="skip",
         )
     ]
-    for rule, (cost, top1) in points.items():
-        index = group.rules.index(rule)
-        trace = scatter(
-            rule,
-            [cost.mean / scale],
-            [100 * top1.mean],
-            mode="markers",
-            error_x=_error_bars([cost], index, scale=1 / scale),
-            error_y=_error_bars([top1], index, scale=100),
-            marker={
-                "color": color(index),
-                "symbol": symbol(index) if rule in front else f"{symbol(index)}-open",
-                "size": 12,
-                "line": {"width": 2, "color": color(index)},
-            },
-            hovertemplate=f"%{{x:.4g}} {unit}, %{{y:.2f}} %<extra>{plain(rule)}</extra>",
-        )
-        data.append(trace)
+    data += [
+        _runs_of(group, rule, cost_metric, scale=scale, is_filled=rule in front) for rule in points
+    ]
     return Figure(
         name=f"accuracy-against-{cost_title.replace(' ', '-')}",
         title=title,
@@ -181,11 +177,46 @@ def trade_off(group: Group, name: str) -> Figure | Missing:
         table=_trade_off_table(group, name, points, front),
         drawing=drawing(
             data,
-            height=380,
+            height=390,
+            hovermode="closest",
             xaxis=titled(f"{cost_title}, {unit}", rangemode="tozero"),
             yaxis=titled("top-1, %"),
         ),
     )
+
+
+def _runs_of(group: Group, rule: str, cost: Metric, *, scale: float, is_filled: bool) -> Any:
+    """A point for each finished run of a rule. Its label has the rule, the seed and the times."""
+    runs = [
+        run
+        for run in group.of(rule)
+        if run.value(cost.name) is not None and run.value("top1") is not None
+    ]
+    index = group.place_of(rule)
+    return scatter(
+        rule,
+        [(run.value(cost.name) or 0.0) / scale for run in runs],
+        [100 * (run.value("top1") or 0.0) for run in runs],
+        mode="markers",
+        marker={
+            "color": color(index),
+            "symbol": symbol(index) if is_filled else f"{symbol(index)}-open",
+            "size": 12,
+            "opacity": 0.85,
+            "line": {"width": 2, "color": color(index)},
+        },
+        text=[_label(run, cost) for run in runs],
+        hovertemplate="%{text}<extra></extra>",
+    )
+
+
+def _label(run: Run, cost: Metric) -> str:
+    """The lines of a point's label, without a line for a quantity that was not measured."""
+    metrics = [metric(name) for name in dict.fromkeys((cost.name, COMPUTE, "wall_s"))]
+    values = [(each, value) for each in metrics if (value := run.value(each.name)) is not None]
+    costs = [f"{each.title} {format_quantity(value, kind=each.unit)}" for each, value in values]
+    top1 = f"top-1 {run.value('top1'):.2%}"
+    return "<br>".join([f"<b>{plain(run.rule)}</b>, seed {run.seed}", top1, *costs])
 
 
 def _trade_off_caption(group: Group, cost_metric: Metric) -> str:
@@ -195,8 +226,8 @@ def _trade_off_caption(group: Group, cost_metric: Metric) -> str:
     if cost_metric.name == ENERGY:
         caption += f" {_describe_energy(group)}."
     caption += (
-        " Filled markers are on the Pareto front: no other rule is at least as good in both"
-        " accuracy and cost."
+        " Each point is a run; the dashed line joins the means of the rules on the Pareto front."
+        " Their markers are filled: no other rule is at least as good in both accuracy and cost."
     )
     diverged = ", ".join(
         f"{rule} (seed {', '.join(map(str, sorted(seeds)))})"
@@ -392,7 +423,7 @@ def learning_curves(group: Group) -> Figure | Missing:
     for run in group.runs:
         past, curve = run.history, thinned(run.history.curve)
         has_legend = run.rule not in in_legend
-        for trace in _traces(run, curve, group.rules.index(run.rule), has_legend=has_legend):
+        for trace in _traces(run, curve, group.place_of(run.rule), has_legend=has_legend):
             data.append(trace)
             in_legend.add(run.rule)
         kinds = {"training": curve, "evaluation": past.evaluations, "restart": past.restarts}
@@ -439,7 +470,7 @@ def _log_traces(
             [epoch for epoch, _ in points],
             [100 * top1 for _, top1 in points],
             mode="lines+markers",
-            line={"color": color(group.rules.index(rules[0])), "dash": "dashdot"},
+            line={"color": color(group.place_of(rules[0])), "dash": "dashdot"},
             marker={"symbol": "star", "size": 9},
         )
         for points, rules in logs.items()

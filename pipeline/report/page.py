@@ -5,9 +5,12 @@
 The page and the dashboard share the figures of each view and the templates in web/.
 """
 
+import base64
+import gzip
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,10 +22,10 @@ from markupsafe import Markup
 from pipeline.core.files import write_whole
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import rounded
-from pipeline.report import tables
-from pipeline.report.claims import SuiteResult
+from pipeline.report import overview, tables
+from pipeline.report.claims import Claim, SuiteResult
 from pipeline.report.compare import finite
-from pipeline.report.drawing import NOT_MEASURED, THEMES, Cell, Figure, Missing, Table, slug
+from pipeline.report.drawing import NOT_MEASURED, Cell, Figure, Missing, Table, color, slug
 from pipeline.report.figures import learning_curves, ratios, standings, time_parts, trade_off
 from pipeline.report.heat_maps import confusion, firing_rates, gradient_fidelity, temporal_share
 from pipeline.report.metrics import ENERGY
@@ -30,8 +33,17 @@ from pipeline.report.results import ReportError, describe_state
 from pipeline.report.study import Group, Study
 from pipeline.report.suite import StudyPage
 from pipeline.report.sweeps import LARGEST_SAID, swept
+from pipeline.report.titles import facts_of, fields_of, shared_fields
 from pipeline.track.mlflow import log_report, tracking_uri
 
+VIEWS = {
+    "costs": "Costs",
+    "learning": "Learning curves",
+    "time": "Where the time goes",
+    "gradients": "Gradients and firing rates",
+    "claims": "Claims and time steps",
+    "runs": "Hardware and commits",
+}
 _NO_SWEEP = (
     "Memory and time against time steps",
     (
@@ -60,56 +72,36 @@ def write(study: Study, out: Path) -> Path:
 
 
 def render(study: Study) -> str:
-    """The page's HTML. A group with one rule is listed apart, unless it is the only group."""
-    groups = study.groups
-    compared = [group for group in groups if len(group.rules) > 1 or len(groups) == 1]
-    alone = [group for group in groups if group not in compared]
+    offers = Offers(study.title)
     sections = [
-        section_of(group, f"g{index}", among=groups) for index, group in enumerate(compared, 1)
+        section_of(group, f"g{index}", among=study.groups)
+        for index, group in enumerate(study.groups, 1)
     ]
-    lone = [
-        section_of(group, f"alone{index}", ("time", "learning", "gradients"), among=groups)
-        for index, group in enumerate(alone, 1)
-    ]
-    memory = list(swept(study.sweeps))
-    scaled = tables.scaling(study)
-    drawings: dict[str, Any] = {}
+    report = SuiteReport(claims=study.claims, sweeps=study.sweeps, printed=study.printed)
+    variables = what_to_show(study, sections, offers, [*VIEWS], [report])
     fine_tuned = [RunFolder(run.folder).mistakes for run in study.runs]
     mistakes = (
         json.loads(fine_tuned[0].read_text())
         if len(fine_tuned) == 1 and fine_tuned[0].exists()
         else None
     )
-
-    def offer(key: str, figure: Figure) -> str:
-        """Add a figure's drawing to the page; return the address of its table."""
-        drawings[key] = drawn(figure)
-        return _csv_address(figure.table)
-
-    missing = [reason for each in sections for reason in each.reasons]
-    if not any(each.figures for each in memory):
-        missing.append(_NO_SWEEP)
-    if not scaled:
-        missing.append(_NO_SCALING)
+    if not variables["memory"]:
+        variables["missing"].append(_NO_SWEEP)
+    if variables["scaled"] is None:
+        variables["missing"].append(_NO_SCALING)
     return (
         environment()
         .get_template("page.html")
         .render(
-            study=study,
             written_at=time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-            sections=sections,
-            lone=lone,
-            memory=memory,
-            largest_said=LARGEST_SAID,
-            scaled=scaled,
-            missing=missing,
+            title=tables.title_of_runs(study.runs),
+            facts=facts_of(shared_fields(map(fields_of, study.runs))),
             mistakes=mistakes,
             confusion=mistakes and confusion(mistakes),
-            drawings=drawings,
-            offer=offer,
-            plotly=Markup(plotly_script()),
+            plotly=Markup(base64.b64encode(plotly_script()).decode()),
             css=Markup((WEB / "page.css").read_text()),
             js=Markup((WEB / "page.js").read_text()),
+            **variables,
         )
     )
 
@@ -163,48 +155,126 @@ def _metrics(study: Study) -> Iterator[tuple[str, float]]:
 
 
 WEB = Path(__file__).parent / "web"
-FIGURES = {
-    "costs": (
-        ratios,
-        *(partial(trade_off, name=name) for name in ("wall_s", "peak_saved_bytes", ENERGY)),
-    ),
-    "time": (time_parts,),
+_MAX_NAME = 120  # letters of a title in a file name, which may have 255 bytes
+FIGURES: dict[str, tuple[Callable[[Group], Figure | Missing], ...]] = {
+    "costs": (ratios, partial(trade_off, name="wall_s"), partial(trade_off, name=ENERGY)),
     "learning": (learning_curves,),
+    "time": (time_parts,),
     "gradients": (gradient_fidelity, temporal_share, firing_rates),
 }
 
 
-class Section(NamedTuple):
-    key: str
-    title: str
-    group: Group
-    figures: list[Figure]
-    missing: list[Missing]
+class Offers:
+    """The drawings of a page, and the tables that it offers as CSV.
 
-    @property
-    def reasons(self) -> list[tuple[str, str]]:
-        return [(each.title, f"{self.title}: {each.why}") for each in self.missing]
+    Args:
+        title: begins the names of the files.
+        link: makes the address of a table from its key; None: the address has the table itself.
+    """
+
+    def __init__(self, title: str, link: Callable[[str], str] | None = None) -> None:
+        self.drawings: dict[str, Any] = {}
+        self.tables: dict[str, Table] = {}
+        self.title, self._link = slug(title)[:_MAX_NAME], link
+
+    def table(self, key: str, table: Table) -> str:
+        """Offer a table. Returns its address."""
+        self.tables[key] = table
+        if self._link is not None:
+            return self._link(key)
+        return f"data:text/csv;charset=utf-8,{quote(table.to_csv())}"
+
+    def figure(self, key: str, figure: Figure) -> str:
+        """Offer a drawing and its table. Returns the address of the table."""
+        self.drawings[key] = figure.drawing
+        return self.table(key, figure.table)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuiteReport:
+    """What a suite's own report returned and printed. Without a title, it is of the whole page."""
+
+    key: str = ""  # begins the names of its files
+    title: str = ""  # the suite, with the commits and machines of its shown runs
+    version: str = ""
+    claims: Sequence[Claim] = ()
+    sweeps: Sequence[Mapping[str, Any]] = ()
+    printed: str = ""
+    note: str = ""  # why the report is omitted
+
+
+class Section(NamedTuple):
+    """A group: its overview, and the figures of each view."""
+
+    key: str
+    name: str  # no other group of the page has it
+    differs: str  # from the group beside it; empty for the only group
+    group: Group
+    rules: Sequence[tuple[str, str, Sequence[overview.Tile]]]  # rule, colour, tiles
+    main: Figure | Missing  # the large figure
+    figures: Mapping[str, Sequence[Figure]]  # by view
+    missing: Sequence[Missing]
 
 
 def section_of(
     group: Group, key: str, views: Sequence[str] = (*FIGURES,), *, among: Sequence[Group] = ()
 ) -> Section:
-    """The figures of some views of a group; `among`: all groups of the page."""
-    makers = [make for view in views for make in FIGURES.get(view, ())]
-    # Without a baseline, a note replaces the figure of ratios.
-    figures = [make(group) for make in makers if make is not ratios or group.has_baseline]
-    return Section(
-        key,
-        tables.named(group, among=among),
-        group,
-        [each for each in figures if isinstance(each, Figure)],
-        [each for each in figures if isinstance(each, Missing)],
-    )
+    """The overview of a group and the figures of some views; `among`: all groups of the page.
+
+    The large figure is accuracy against memory. Until two rules have finished, it has the learning
+    curves.
+    """
+    is_compared = len(group.finished_rules) >= min(2, len(group.rules))
+    main = trade_off(group, "peak_saved_bytes") if is_compared else learning_curves(group)
+    made = {view: [make(group) for make in FIGURES.get(view, ())] for view in views}
+    figures = {
+        view: [
+            each
+            for each in some
+            if isinstance(each, Figure) and each.name != getattr(main, "name", "")
+        ]
+        for view, some in made.items()
+    }
+    missing = [each for some in made.values() for each in some if isinstance(each, Missing)]
+    title, differs = tables.named(group, among=among)
+    first = overview.first_rule(group)
+    rules = [
+        (rule, color(group.place_of(rule)), overview.tiles(group, rule))
+        for rule in sorted(group.rules, key=lambda rule: rule != first)
+    ]
+    name = ", ".join(filter(None, (title, differs)))
+    return Section(key, name, differs, group, rules, main, figures, missing)
 
 
-def drawn(figure: Figure) -> Mapping[str, Any]:
-    """The drawing in both themes. A page shows the reader's theme, and prints the light theme."""
-    return {theme: figure.draw(theme) for theme in THEMES}
+def what_to_show(
+    study: Study,
+    sections: Sequence[Section],
+    offers: Offers,
+    views: Sequence[str],
+    reports: Sequence[SuiteReport],
+) -> dict[str, Any]:
+    """The variables of the templates that the page and the dashboard share."""
+    rules = study.groups[0].page_rules if study.groups else ()
+    told = [(each, [*swept(each.sweeps, rules)]) for each in reports]
+    return {
+        "study": study,
+        "sections": sections,
+        "offers": offers,
+        "views": views,
+        "titles": VIEWS,
+        "reports": told,
+        "missing": [
+            (each.title, f"{one.name}: {each.why}") for one in sections for each in one.missing
+        ],
+        "memory": [
+            ("-".join(filter(None, (report.key, one.key, one.figures[0].name))), one.figures[0])
+            for report, sweeps in told
+            for one in sweeps
+            if one.figures
+        ],
+        "scaled": tables.scaling(study),
+        "largest_said": LARGEST_SAID,
+    }
 
 
 def shown(cell: Cell) -> str:
@@ -215,32 +285,23 @@ def shown(cell: Cell) -> str:
 
 
 @cache
-def plotly_script() -> str:
-    """The whole plotly.js, which contains no text that would end a script element."""
+def plotly_script() -> bytes:
+    """The whole plotly.js, compressed by gzip: 1.5 of 4.8 MB. Its basic form has no heat maps."""
     from plotly.offline import get_plotlyjs
 
-    script = get_plotlyjs()
-    assert "</script" not in script.lower(), "plotly.js 4.1.1 has no such text"
-    return script
+    return gzip.compress(get_plotlyjs().encode(), mtime=0)
 
 
 @cache
 def environment() -> Environment:
     templates = Environment(
-        loader=FileSystemLoader(WEB), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=FileSystemLoader(WEB),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    templates.globals |= {"tables": tables}
+    templates.globals |= {"tables": tables, "standings": standings, "training": overview.training}
     templates.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    templates.filters |= {
-        "shown": shown,
-        "csv": _csv_address,
-        "slug": slug,
-        "described": describe_state,
-        "standings": standings,
-        "swept": lambda sweeps: list(swept(sweeps)),
-    }
+    templates.filters |= {"shown": shown, "described": describe_state}
     return templates
-
-
-def _csv_address(table: Table) -> str:
-    return f"data:text/csv;charset=utf-8,{quote(table.to_csv())}"

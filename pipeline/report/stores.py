@@ -22,7 +22,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote, urlparse
 
 from pipeline.core.run_folder import RunFolder
-from pipeline.report.results import ReportError, Run, frame, is_silent, read_runs, run_of
+from pipeline.report.results import (
+    ReportError,
+    Run,
+    describe_machine,
+    frame,
+    is_silent,
+    read_runs,
+    run_of,
+)
+from pipeline.report.titles import MACHINE, title_of
 from pipeline.track.events import KIND, Event, Start, Step, from_dict
 from pipeline.track.journal import Record, read_thinned
 from pipeline.track.mlflow import REPORT, REPORT_DATA
@@ -80,6 +89,7 @@ class StoredRun:
     newest: float  # the latest of its start, its end and its newest metric
     tags: Mapping[str, str] = field(repr=False)
     metrics: Mapping[str, float] = field(repr=False)  # newest values
+    params: Mapping[str, str] = field(default_factory=dict, repr=False)  # the recipe's fields
 
     @property
     def state(self) -> State:
@@ -122,6 +132,8 @@ class StoredStudy:
     seeds: tuple[str, ...]
     states: Mapping[str, int]  # number of runs by state; silent: running without recent reports
     newest: float  # the largest `newest` of the runs
+    title: str  # in words
+    fields: Mapping[str, str] = field(repr=False)  # of a run's recipe, and its machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,25 +278,25 @@ def studies(runs: Iterable[StoredRun]) -> list[StoredStudy]:
     groups: dict[tuple[str, str], list[StoredRun]] = {}
     for run in runs:
         groups.setdefault((run.experiment, run.study), []).append(run)
-    return sorted(
-        (
-            StoredStudy(
-                experiment=experiment,
-                study=study,
-                rules=tuple(sorted({run.rule for run in members})),
-                protocol=next(filter(None, (_protocol(run.tags) for run in members)), ""),
-                seeds=tuple(
-                    sorted({run.seed for run in members}, key=lambda seed: (len(seed), seed))
-                ),
-                states=Counter(
-                    "silent" if is_silent(run.state, run.newest) else run.state for run in members
-                ),
-                newest=max(run.newest for run in members),
-            )
-            for (experiment, study), members in groups.items()
+    return sorted(map(_study, groups.values()), key=lambda study: study.newest, reverse=True)
+
+
+def _study(members: Sequence[StoredRun]) -> StoredStudy:
+    first = members[0]
+    fields = {**first.params, MACHINE: describe_machine(hardware_of(first))}
+    names = filter(None, (run.tags.get("spiketrain.recipe") for run in members))
+    return StoredStudy(
+        experiment=first.experiment,
+        study=first.study,
+        rules=tuple(sorted({run.rule for run in members})),
+        protocol=next(filter(None, (_protocol(run.tags) for run in members)), ""),
+        seeds=tuple(sorted({run.seed for run in members}, key=lambda seed: (len(seed), seed))),
+        states=Counter(
+            "silent" if is_silent(run.state, run.newest) else run.state for run in members
         ),
-        key=lambda study: study.newest,
-        reverse=True,
+        newest=max(run.newest for run in members),
+        title=title_of(fields, names, first.experiment),
+        fields=fields,
     )
 
 
@@ -324,7 +336,8 @@ def _read_journal(file: Path) -> SentJournal:
 # of MLflow 3.17.2.
 _RUNS = f"""
     select r.run_uuid, r.name, e.name, r.status, r.start_time,
-        coalesce(r.end_time, r.start_time), json_group_object(t.key, t.value)
+        coalesce(r.end_time, r.start_time), json_group_object(t.key, t.value),
+        (select json_group_object(p.key, p.value) from params p where p.run_uuid = r.run_uuid)
     from runs r
     join experiments e on e.experiment_id = r.experiment_id
     join tags k on k.run_uuid = r.run_uuid and k.key = '{KIND_TAG}' and k.value = 'run'
@@ -371,8 +384,9 @@ class SqliteStore(Store):
                 newest=max(ended or 0, times.get(run, 0)) / 1000,
                 tags=json.loads(tags),
                 metrics=metrics.get(run, {}),
+                params=json.loads(params),
             )
-            for run, name, experiment, status, started, ended, tags in rows
+            for run, name, experiment, status, started, ended, tags, params in rows
         ]
 
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
@@ -562,6 +576,7 @@ def _stored(run: Any, experiment: str) -> StoredRun:
         newest=max(run.info.end_time or 0, run.info.start_time or 0, *times) / 1000,
         tags=dict(run.data.tags),
         metrics=dict(run.data.metrics),
+        params=dict(run.data.params),
     )
 
 

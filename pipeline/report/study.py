@@ -120,6 +120,7 @@ class Group:
     runs: tuple[Run, ...]  # runs of the baseline first
     against: str = BASELINE
     within: float = WITHIN
+    page_rules: tuple[str, ...] = ()  # of all groups of a page, which give each rule one colour
 
     @property
     def study(self) -> str:
@@ -143,6 +144,10 @@ class Group:
         """The rules of all runs, the baseline first."""
         return list(dict.fromkeys(run.rule for run in self.runs))
 
+    def place_of(self, rule: str) -> int:
+        """The position of a rule among all rules of the page, which decides its colour."""
+        return (self.page_rules or self.rules).index(rule)
+
     @property
     def finished_rules(self) -> list[str]:
         return list(dict.fromkeys(run.rule for run in self.finished))
@@ -152,19 +157,15 @@ class Group:
         return self.against in self.finished_rules
 
     @property
-    def several_baselines(self) -> str:
-        """A text such as `several BPTTs with different optimizer.lr; name one`, or empty."""
-        labelled = [run for run in self.runs if run.rule.startswith(f"{self.against} (")]
-        if self.has_baseline or not any(run.is_finished for run in labelled):
-            return ""
-        return f"several {self.against}s with different {', '.join(_differing(labelled))}; name one"
-
-    @property
     def undivided(self) -> str:
         """The reason why the group has no ratios; empty if a run of the baseline has finished."""
+        labelled = [run for run in self.runs if run.rule.startswith(f"{self.against} (")]
         if self.has_baseline:
             return ""
-        return self.several_baselines or f"no run of {self.against} in this group has finished"
+        if any(run.is_finished for run in labelled):
+            fields = ", ".join(_differing(labelled))
+            return f"several {self.against}s with different {fields}; name one"
+        return f"no finished run of {self.against} is shown"
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -230,8 +231,10 @@ class Group:
 
     def by_seed(self, rule: str, name: str) -> dict[int, float]:
         """The mean over the finished runs of each seed."""
-        by_seed: Any = self.values(rule, name).groupby(level=0)
-        return by_seed.mean().to_dict()
+        by_seed: dict[Any, list[float]] = {}
+        for seed, value in self.values(rule, name).items():
+            by_seed.setdefault(seed, []).append(value)
+        return {seed: statistics.fmean(values) for seed, values in sorted(by_seed.items())}
 
     def paired(self, rule: str, name: str) -> dict[int, float]:
         """The ratio to the rule `base_of(name)` in the same seed, by seed."""
@@ -298,7 +301,10 @@ class Study:
             labelled = _with_distinct_labels(runs)
             labelled.sort(key=lambda run: place(run, self.against))
             groups.append(Group(tuple(labelled), self.against, self.within))
-        return tuple(sorted(groups, key=lambda group: -len(group.rules)))
+        groups.sort(key=lambda group: -len(group.rules))
+        others = sorted({rule for group in groups for rule in group.rules} - {self.against})
+        rules = (self.against, *others)
+        return tuple(replace(group, page_rules=rules) for group in groups)
 
 
 def place(run: Run, against: str) -> tuple[bool, str, int, str]:

@@ -95,8 +95,8 @@ def fastest_baselines(points: Iterable[Point]) -> dict[int, Point]:
     }
 
 
-def swept(sweeps: Iterable[Mapping[str, Any]]) -> Iterator[Swept]:
-    """Figures and tables of the sweeps that have points.
+def swept(sweeps: Iterable[Mapping[str, Any]], rules: Sequence[str] = ()) -> Iterator[Swept]:
+    """Figures and tables of the sweeps that have points. `rules`: as in `sweep_figures`.
 
     A sweep over a single T with largest batches has no figures.
     """
@@ -106,7 +106,7 @@ def swept(sweeps: Iterable[Mapping[str, Any]]) -> Iterator[Swept]:
         yield Swept(
             key=f"sweep{index}",
             recipe=str(sweep["recipe"]),
-            figures=() if has_one_T and table is not None else sweep_figures(sweep),
+            figures=() if has_one_T and table is not None else sweep_figures(sweep, rules),
             largest=table,
         )
 
@@ -131,12 +131,17 @@ def largest_batches(sweep: Mapping[str, Any]) -> Table | None:
     return Table(columns=columns, rows=tuple(rows)) if rows else None
 
 
-def sweep_figures(sweep: Mapping[str, Any]) -> tuple[Figure, Figure]:
-    """Figures of memory and time against T. The sweep must have points."""
+def sweep_figures(sweep: Mapping[str, Any], rules: Sequence[str] = ()) -> tuple[Figure, Figure]:
+    """Figures of memory and time against T. The sweep must have points.
+
+    Args:
+        rules: the rules of the page, in the order of their colours.
+    """
     by_rule: dict[str, list[Point]] = {}
     for point in points_of(sweep):
         by_rule.setdefault(point.rule, []).append(point)
-    return _memory(sweep, by_rule), _time(sweep, by_rule)
+    places = [*dict.fromkeys((*rules, *by_rule))]
+    return _memory(sweep, by_rule, places), _time(sweep, by_rule, places)
 
 
 def _point(value: Mapping[str, Any]) -> Point:
@@ -157,12 +162,15 @@ def _seconds(cost: Mapping[str, Any]) -> float:
     return float(cost["forward_s"]) + float(cost["backward_s"])
 
 
-def _memory(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]]) -> Figure:
+def _memory(
+    sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]], places: Sequence[str]
+) -> Figure:
     every = [point for points in by_rule.values() for point in points]
     scale, unit = unit_of("B", [point.kept or point.saved for point in every])
     has_states = any(point.kept is not None for point in every)
     data = []
-    for index, (rule, points) in enumerate(by_rule.items()):
+    for rule, points in by_rule.items():
+        index = places.index(rule)
         data.append(_line(index, rule, points, [point.saved / scale for point in points], unit))
         if has_states:  # the dotted line shares the legend entry of the rule's solid line
             kept = [None if point.kept is None else point.kept / scale for point in points]
@@ -199,10 +207,12 @@ def _memory(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]]) ->
     )
 
 
-def _time(sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]]) -> Figure:
+def _time(
+    sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]], places: Sequence[str]
+) -> Figure:
     data = [
-        _line(index, rule, points, [1e3 * point.seconds for point in points], "ms")
-        for index, (rule, points) in enumerate(by_rule.items())
+        _line(places.index(rule), rule, points, [1e3 * point.seconds for point in points], "ms")
+        for rule, points in by_rule.items()
     ]
     every = [point for points in by_rule.values() for point in points]
     last = max(point.time_steps for point in every)
@@ -249,7 +259,7 @@ def _drawing(
 ) -> dict[str, Any]:
     steps = sorted({point.time_steps for points in by_rule.values() for point in points})
     x, y = titled("time steps T", tickvals=steps), titled(title, rangemode="tozero")
-    return drawing(data, height=380, xaxis=x, yaxis=y)
+    return drawing(data, height=400, xaxis=x, yaxis=y)
 
 
 def _caption(sweep: Mapping[str, Any]) -> str:

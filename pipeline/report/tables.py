@@ -1,4 +1,4 @@
-"""The tables, captions and headlines of a comparison and of a report."""
+"""The tables, captions and the headline of a comparison and of a report."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from pipeline.measure.constants import MEMORY_EVERY, OPERATIONS_EVERY
 from pipeline.recipe.recipe import Split
 from pipeline.report.claims import Claim
 from pipeline.report.drawing import Cell, Table
-from pipeline.report.metrics import COMPUTE, ENERGY, KEPT, METRICS, Metric, compared_metrics, metric
+from pipeline.report.metrics import COMPUTE, ENERGY, METRICS, Metric, compared_metrics, metric
 from pipeline.report.results import (
     UNKNOWN,
     Run,
-    describe_conditions,
     describe_machine,
     describe_state,
     metrics_of,
@@ -29,7 +28,8 @@ from pipeline.report.selection import (
     recipe_value,
     tuned_keys,
 )
-from pipeline.report.study import Group, Study, spread_of
+from pipeline.report.study import Group, Spread, Study, spread_of
+from pipeline.report.titles import difference, fields_of, shared_fields, title_of
 
 _ALWAYS = ("top1", "peak_saved_bytes", "images_per_s", "wall_s")  # columns of every table of costs
 _HELD = "held."
@@ -140,24 +140,6 @@ def prices(runs: Iterable[Run]) -> str:
     )
 
 
-def headlines(group: Group) -> list[tuple[str, str]]:
-    """The savings and the loss of accuracy of each rule except the baseline, as text.
-
-    A rule without savings is left out, unless it diverged in one of the baseline's seeds. The list
-    is empty without a baseline.
-    """
-    if not group.has_baseline:
-        return []
-    losses = {each.rule: each.text(group.within) for each in group.differences}
-    lines: list[tuple[str, str]] = []
-    for rule in group.rules:
-        savings = ", ".join(_savings(group, rule))
-        if rule != group.against and (savings or group.lost(rule)):
-            loss = losses.get(rule) or _without_interval(group, rule)
-            lines.append((rule, f"{'. '.join(filter(None, (savings, loss)))}."))
-    return lines
-
-
 class Headline(NamedTuple):
     rule: str
     sentence: str
@@ -184,14 +166,22 @@ def headline(group: Group) -> Headline | None:
         ratios,
         key=lambda rule: (rule in failing or group.lost(rule) > 0, math.prod(ratios[rule])),
     )
-    memory, time = (_percent(ratio) for ratio in ratios[best])
+    memory, time = (percent(ratio) for ratio in ratios[best])
     base = group.base_of(COMPUTE)
     whose = "its" if base == group.against else f"{base}'s"
-    return Headline(
-        best,
-        f"{best} used {memory} of {group.against}'s memory and {time} of {whose} time"
-        f" {_at_points(group, best)}",
+    loss = group.loss(best)
+    is_lost = loss is not None and loss.interval is not None and loss.interval[0] > 0
+    parts = (
+        f"{best} used {memory} of {group.against}'s memory and {time} of {whose} time at"
+        f" {_points(loss, digits=1, unit=' points')}",
+        "a clear loss of accuracy" if is_lost else "",
+        group.describe_lost(best),
     )
+    return Headline(best, ", ".join(filter(None, parts)))
+
+
+def percent(ratio: float) -> str:
+    return f"{100 * ratio:.{0 if ratio >= 0.01 else 2}f} %"
 
 
 def conclusion(group: Group) -> str:
@@ -222,6 +212,9 @@ def in_markdown(group: Group) -> str:
 def costs(group: Group) -> Table:
     """One row for each rule: the means over its finished runs, and its numbers of runs by state.
 
+    With a baseline, a column has the difference of accuracy and whether the rule loses at most
+    `group.within` points.
+
     If the first metric has no value, its cell shows the states of the other runs.
     """
     metrics = columns_of_costs(group)
@@ -231,13 +224,15 @@ def costs(group: Group) -> Table:
         finished = states.pop("finished", 0)
         cells = _cells(group, rule, metrics)
         cells[0] = cells[0] or ", ".join(states) or None
+        if group.has_baseline:
+            cells.insert(1, _difference(group, rule))
         others = [f"{count} {state}" for state, count in states.items()]
         counts = ", ".join([str(finished), *others]) if others else finished
         rows.append((rule, *cells, counts))
-    return Table(
-        columns=("rule", *(title(each, group.finished) for each in metrics), "finished runs"),
-        rows=tuple(rows),
-    )
+    titles = [title(each, group.finished) for each in metrics]
+    if group.has_baseline:
+        titles.insert(1, f"points to {group.against}")
+    return Table(columns=("rule", *titles, "finished runs"), rows=tuple(rows))
 
 
 def other_metrics(group: Group) -> Table | None:
@@ -316,7 +311,7 @@ def recipe_differences(study: Study) -> Table:
     rows: list[tuple[Cell, ...]] = []
     for group in others:
         pair = (first.runs[0], group.runs[0])
-        names = tuple(named(each, among=study.groups) for each in (first, group))
+        names = tuple(", ".join(named(each, among=study.groups)) for each in (first, group))
         for name, *values in differing_fields(*pair):
             shown = [
                 "each rule's own" if name in tuned_keys(run.recipe) else value
@@ -371,23 +366,6 @@ def provenance(study: Study) -> Table:
     )
 
 
-def lone_runs(groups: Sequence[Group]) -> Table:
-    """Runs of groups with a single rule. They have no comparison."""
-    metrics = [metric("top1"), *(each for each in compared_metrics() if each.name != "top1")]
-    rows: list[tuple[Cell, ...]] = []
-    for group in groups:
-        for run in group.runs:
-            one_run = Group((run,), group.against)
-            top1, *others = _cells(one_run, run.rule, metrics, is_divided=False)
-            state = None if run.is_finished else state_of(run)
-            rows.append((run.name, run.rule, run.seed, state or top1, *others))
-    finished = [run for group in groups for run in group.finished]
-    return Table(
-        columns=("run", "rule", "seed", *(title(each, finished) for each in metrics)),
-        rows=tuple(rows),
-    )
-
-
 def scaling(study: Study) -> Table | None:
     """The measured benefit of more workers; None if no rule finished with two worker counts.
 
@@ -410,17 +388,22 @@ def scaling(study: Study) -> Table | None:
     return Table(columns=_SCALING_COLUMNS, rows=tuple(rows)) if rows else None
 
 
-def named(group: Group, *, among: Sequence[Group] = ()) -> str:
-    """A title: `Study 01234567, shared settings, on a cpu, 2 cores, 1 thread, 2 workers`.
+def named(group: Group, *, among: Sequence[Group]) -> tuple[str, str]:
+    """A title of a group, and its difference from the group beside it in `among`.
 
-    If this group or one of `among` was tuned, the title also names the tuned fields, or "shared
-    settings".
+    The difference is empty for the only group. For equal recipes, it is the study key.
     """
-    run, protocol = group.runs[0], ""
-    if any(tuned_keys(each.runs[0].recipe) for each in (group, *among)):
-        fields = ", ".join(tuned_keys(run.recipe))
-        protocol = f", tuned {fields}," if fields else ", shared settings,"
-    return f"Study {group.study[:8] or 'unknown'}{protocol} on {describe_conditions(run)}"
+    other = next((each for each in among if each is not group), None)
+    if other is None:
+        return title_of_runs(group.runs), ""
+    fields, others = (fields_of(each.runs[0]) for each in (group, other))
+    return title_of_runs(group.runs), difference(fields, others) or f"study {group.study[:8]}"
+
+
+def title_of_runs(runs: Sequence[Run]) -> str:
+    """A title of what the recipes of some runs share."""
+    names = [str(run.recipe.get("name", run.name)) for run in runs]
+    return title_of(shared_fields(map(fields_of, runs)), names) or runs[0].name
 
 
 def state_of(run: Run) -> str:
@@ -444,46 +427,26 @@ def _text(metric: Metric, value: float, *, like: float | None = None) -> str:
     return f"{rounded(value / scale, digits=4 if like is None else 2)} {unit}".rstrip()
 
 
-def _percent(ratio: float) -> str:
-    return f"{100 * ratio:.{0 if ratio >= 0.01 else 2}f} %"
-
-
-def _at_points(group: Group, rule: str) -> str:
-    """The difference of accuracy: `at -0.3 points (-0.9 to 0.3)`, and what was clearly lost."""
-    loss = group.loss(rule)
+def _points(loss: Spread | None, *, digits: int, unit: str = "") -> str:
+    """Rule minus baseline with its interval: `-0.3 points (-0.9 to 0.3)`."""
     if loss is None:
-        return "without a measured accuracy"
-    low, high = loss.interval or (0.0, 0.0)
-    interval = "one seed" if loss.interval is None else f"{-high:z.1f} to {-low:z.1f}"
-    at = f"at {-loss.mean:z.1f} points ({interval})"
-    clear = "a clear loss of accuracy" if low > 0 else ""
-    return ", ".join(filter(None, (at, clear, group.describe_lost(rule))))
+        return "an accuracy that was not measured"
+    mean, interval = f"{-loss.mean:z.{digits}f}{unit}", "one seed"
+    if loss.interval is not None:
+        low, high = loss.interval
+        interval = f"{-high:z.{digits}f} to {-low:z.{digits}f}"
+    return f"{mean} ({interval})"
 
 
-def _savings(group: Group, rule: str) -> Iterator[str]:
-    for each in compared_metrics():
-        ratio = group.ratios(rule, each.name) if each.better == "less" else None
-        if ratio is not None and each.name != KEPT:
-            kept = group.ratios(rule, KEPT) if each.name == "peak_saved_bytes" else None
-            with_states = "" if kept is None else f", {kept.mean:.2f} with states"
-            yield f"{ratio.mean:.2f} of {group.base_of(each.name)}'s {each.title}{with_states}"
-
-
-def _without_interval(group: Group, rule: str) -> str:
-    """The difference of a rule that shares at most one seed with the baseline."""
-    base, own = (group.by_seed(each, "top1") for each in (group.against, rule))
-    texts = [
-        f"{group.against} - {rule}: {100 * (base[seed] - own[seed]):+.2f} points on one seed,"
-        " without an interval"
-        for seed in own
-        if seed in base
-    ]
-    if lost := group.describe_lost(rule):
-        return (
-            f"{', and '.join([*texts, lost])}; the claim (at most {group.within:g} points below)"
-            " fails"
-        )
-    return texts[0] if texts else f"no seed in common with {group.against}, so no difference"
+def _difference(group: Group, rule: str) -> str | None:
+    """`-0.12 (-0.66 to 0.41): holds`: rule minus baseline, and the verdict on the claim."""
+    if rule == group.against:
+        return "baseline"
+    loss, verdicts = group.loss(rule), {each.rule: each for each in group.differences}
+    text = "" if loss is None else _points(loss, digits=2)
+    if rule in verdicts:
+        text += f": {verdicts[rule].verdict(group.within)}"
+    return ", ".join(filter(None, (text, group.describe_lost(rule)))) or None
 
 
 def _cells(

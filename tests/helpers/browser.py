@@ -53,3 +53,14 @@ def violations(page: Page) -> list[str]:
         for each in found
         for node in each["nodes"]
     ]
+
+
+def below_the_first_screen(page: Page, size: tuple[int, int], parts: str) -> list[str]:
+    """The matching parts, as HTML, that do not lie within a window of this size at its top."""
+    page.set_viewport_size({"width": size[0], "height": size[1]})
+    return page.evaluate(
+        "parts => { window.scrollTo(0, 0); return [...document.querySelectorAll(parts)].filter("
+        "each => each.getBoundingClientRect().bottom > window.innerHeight).map(each =>"
+        " each.outerHTML.slice(0, 200)) }",
+        parts,
+    )

@@ -11,9 +11,10 @@ from pipeline.forecast.sweep import sweep
 from pipeline.measure.constants import PARTS, REST, SECTIONS
 from pipeline.recipe.recipe import spec
 from pipeline.report.claims import SuiteResult, parse_result
-from pipeline.report.drawing import THEMES, Figure, Missing, Table, harmless, plain
+from pipeline.report.drawing import Figure, Missing, Table, harmless, plain
 from pipeline.report.figures import learning_curves, pareto, ratios, standing, time_parts, trade_off
 from pipeline.report.heat_maps import firing_rates, gradient_fidelity, temporal_share
+from pipeline.report.page import WEB
 from pipeline.report.results import ReportError, Run
 from pipeline.report.study import Study
 from pipeline.report.sweeps import largest_batches, sweep_figures, sweep_of, swept
@@ -40,16 +41,27 @@ SWEEP = {
 }
 
 
+# The colours of each scheme by name, as page.css has them
+COLOURS = {
+    scheme: dict(re.findall("--([a-z0-9-]+): (#[0-9a-f]{6});", text))
+    for scheme, text in zip(
+        ("light", "dark"),
+        (WEB / "page.css").read_text().split("color-scheme: dark)")[:2],
+        strict=True,
+    )
+}
+
+
 def made(one: Figure | Missing) -> Figure:
     assert isinstance(one, Figure), one
-    for theme in THEMES:
-        go.Figure(one.draw(theme))  # which refuses what plotly does not know
-        json.dumps(one.draw(theme), allow_nan=False)
+    text = json.dumps(one.drawing, allow_nan=False)
+    assert set(re.findall('"--([a-z]+(?:-[0-9])?)"', text)) <= COLOURS["light"].keys()
+    go.Figure(json.loads(re.sub('"--[^"]*"', '"#123456"', text)))  # refuses what plotly lacks
     return one
 
 
 def traces(one: Figure) -> dict[str, dict]:
-    return {trace["name"]: trace for trace in one.draw("light")["data"]}
+    return {trace["name"]: trace for trace in one.drawing["data"]}
 
 
 def test_ratios_to_the_baseline():
@@ -89,6 +101,11 @@ def test_trade_off_marks_the_front():
     assert on_front == {"BPTT": "yes", "SLTT": "yes", "DFA": "no"}
     drawn = traces(figure)
     assert drawn["Pareto front"]["x"] == [2, 8] and drawn["Pareto front"]["y"] == [89.5, 91]
+    assert drawn["SLTT"]["x"] == [2, 2] and drawn["SLTT"]["y"] == [89, 90]  # a point for each run
+    assert drawn["SLTT"]["text"][1] == (
+        "<b>SLTT</b>, seed 1<br>top-1 90.00%<br>saved bytes 2 MB<br>compute time 120 ms"
+        "<br>wall clock 16 s"
+    )
     assert not drawn["SLTT"]["marker"]["symbol"].endswith("-open") and drawn["DFA"]["marker"][
         "symbol"
     ].endswith("-open")
@@ -153,7 +170,7 @@ def test_energy_has_its_operations_and_says_which_samples_they_are_of():
         assert {row[0]: row[-3] for row in figure.table.rows} == {
             rule: 0.25 if rule == "BPTT" else None for rule in rules
         }
-        assert f"{said}. Filled markers" in figure.caption
+        assert f"{said}. Each point is a run" in figure.caption
 
 
 def test_the_prices_behind_joules_are_named():
@@ -338,7 +355,7 @@ def test_a_gradient_that_leads_away_is_not_drawn_as_one_at_a_right_angle():
         told = fidelity()
         told[1]["cosines"]["SLTT"]["first"] = cosine
         figure = made(gradient_fidelity(study(run("SLTT", seed=2, more_events=told)).groups[0]))
-        return figure.draw("light")["data"][0]["zmin"], figure.caption
+        return figure.drawing["data"][0]["zmin"], figure.caption
 
     assert (
         drawn(-0.5)[0] == -0.5
@@ -360,7 +377,7 @@ def test_a_rule_is_in_the_legend_though_its_first_run_has_no_point_yet():
     begun = written("begun", events("SLTT")[:1], state="running", recipe=recipe("SLTT"))
     group = study(begun).groups[0]
     assert group.of("SLTT")[0].name == "begun"
-    drawn = made(learning_curves(group)).draw("light")["data"]
+    drawn = made(learning_curves(group)).drawing["data"]
     assert [trace["name"] for trace in drawn if trace["showlegend"]] == ["BPTT", "SLTT"]
 
 
@@ -517,10 +534,12 @@ def test_units():
     assert texts == ("3 µJ", "×0.25", "90 s")
 
 
-@pytest.mark.parametrize("theme", THEMES.values(), ids=THEMES)
-def test_colours_keep_their_contrast(theme: dict[str, Any]):
-    for each in (*theme["series"], theme["ink"], theme["muted"]):
-        assert _contrast(each, theme["paper"]) >= 4.5, each
+@pytest.mark.parametrize("colours", COLOURS.values(), ids=COLOURS)
+def test_colours_keep_their_contrast(colours: dict[str, str]):
+    assert colours.keys() == COLOURS["light"].keys()
+    for name in (*(f"series-{index}" for index in range(8)), "ink", "muted", "accent"):
+        for paper in ("paper", "page"):
+            assert _contrast(colours[name], colours[paper]) >= 4.5, name
 
 
 def _contrast(one: str, other: str) -> float:

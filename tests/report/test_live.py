@@ -6,7 +6,6 @@ import json
 
 import pytest
 
-from pipeline.report.claims import SuiteResult
 from pipeline.report.dashboard.live import Live
 from pipeline.report.stores import Point
 from tests.helpers.fake_store import FakeStore
@@ -245,15 +244,12 @@ def test_what_the_report_of_each_suite_tells_is_by_itself(store: FakeStore):
     )
     live = Live(store)
     before = live.reports(store.members)
-    assert [report.returned for report in before] == [SuiteResult(), SuiteResult()]
+    assert [(report.claims, report.sweeps) for report in before] == 2 * [((), ())]
     store.add_report("first-launch", CLAIM, sweeps=(SWEEP,))
     later = Live(store)  # a look lasts half a second
     second, first = later.reports(store.members)  # the newest first
-    assert (first.returned, first.note, second.returned) == (
-        SuiteResult(claims=(CLAIM,), sweeps=(SWEEP,)),
-        "",
-        SuiteResult(),
-    )
+    assert (first.claims, first.sweeps, first.note) == ((CLAIM,), (SWEEP,), "")
+    assert (second.claims, second.sweeps) == ((), ())
     assert first.title == "claims-1 (first-la), commit abc, on a cpu, 2 cores"
     assert second.title == "claims-1 (second-l), commit def, on a cpu, 2 cores"
     assert [second.version, first.version] != [report.version for report in before]

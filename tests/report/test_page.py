@@ -1,4 +1,4 @@
-import json
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +12,10 @@ from tests.helpers.hand_made import CLAIM, MACHINE, on, recipe, run, study
 from tests.report.test_figures import LARGEST, SWEEP
 from tests.report.test_tables import tuned
 
-BAD = "<script>alert(1)</script>"
-
 
 def body(html: str) -> str:
     """Without plotly.js."""
-    return re.sub(r"<script>/\*\*.*?</script>", "", html, flags=re.DOTALL)
+    return re.sub(r"<script type=.application/gzip.*?</script>", "", html, flags=re.DOTALL)
 
 
 def test_written_whole(tmp_path: Path):
@@ -27,25 +25,12 @@ def test_written_whole(tmp_path: Path):
     ] == ["report.html"]
 
 
-def test_names_from_outside_are_text():
-    html = body(page.render(study(run(f"SLTT{BAD}", name=BAD), title=BAD, notes=(BAD,))))
-    assert BAD not in html and "&lt;script&gt;alert(1)" in html
-    assert html.count("<script") == 2  # the drawings and the page's own
-    [text] = re.findall(r'id="drawings">(.*?)</script>', html, re.DOTALL)
-    drawings = json.loads(text)
-    assert any(
-        "alert(1)" in trace.get("name", "") for trace in drawings["g1-ratios"]["light"]["data"]
-    )
-
-
-def test_nothing_is_asked_of_the_network():
-    html = body(page.render(study()))
-    assert "default-src 'none'" in html
-    assert (
-        not re.findall(r"""(?:src|href|action)=["'](?!#|data:)""", html)
-        and "url(" not in html
-        and "@import" not in html
-    )
+def test_a_page_of_42_runs_is_small(tmp_path: Path):
+    rules = ("BPTT", *(f"RULE-{index}" for index in range(6)))
+    keys = itertools.product("ab", rules, range(3))
+    runs = [run(rule, seed=seed, study=16 * key, name=f"{key}{rule}") for key, rule, seed in keys]
+    html = page.render(Study(title="claims", runs=tuple(runs)))
+    assert len(runs) == 42 and len(html.encode()) <= 2_500_000
 
 
 def test_machines_are_apart_and_a_missing_baseline_is_named():
@@ -54,45 +39,40 @@ def test_machines_are_apart_and_a_missing_baseline_is_named():
         for rule in ("SLTT", "OTTT-A")
     ]
     html = body(page.render(study(*elsewhere)))
-    assert html.count("No baseline in this group: no run of BPTT in this group has finished.") == 1
-    assert "on H100" in html
-    assert html.index('id="g1"') < html.index('id="g2"') < html.index('id="differences"')
+    assert html.count("No baseline: no finished run of BPTT is shown. There are no ratios.") == 1
+    assert '<h2 id="g2">on H100, 1 worker</h2>' in html
+    assert html.index('id="g1"') < html.index('id="g2"') < html.index("How the groups differ")
+
+
+def test_no_title_is_a_hash():
+    html = body(page.render(study(run("SLTT", study="f" * 16, recipe=recipe(time_steps=4)))))
+    titles = re.findall("<(?:h[1-5]|li)[^>]*>(?:<a[^>]*>)?([^<]*)", html)
+    assert "net on data" in titles and "time steps 4 instead of 2" in titles
+    assert not [text for text in titles if "01234567" in text or "ffffffff" in text]
 
 
 def test_what_the_reader_of_its_means_must_know_stands_in_a_section():
     html = body(page.render(study(run("SLTT", name="again", restart=True))))
-    section = html[html.index('<h2 id="g1">') : html.index("Conditions of each rule")]
+    section = html[html.index('<h2 id="costs">') : html.index("Conditions of each rule")]
     assert (
         "<li>the runs have different commits: abc, def</li><li>SLTT has 2 runs of seed 0: ratios"
         " and differences use their mean as one run" in section
     )
 
 
-def test_a_run_alone_is_listed_and_drawn_and_not_divided():
+def test_a_run_alone_is_a_group_without_ratios():
     moved = run("SLTT", name="moved", restart=True, trained_on=[on(workers=2), on()])
     lonely = run(
         "SLTT", study="f" * 16, name="lonely", recipe=recipe("SLTT", published=[[2, 0.94]])
     )
     html = body(page.render(study(moved, lonely)))
-    assert "The baseline is missing" not in html and 'id="g2"' not in html
-    alone = html[html.index('id="alone"') : html.index('id="differences"')]
-    names = ("time-parts", "learning-curves", "firing-rates")
-    assert re.findall(r'data-figure="(.*?)"', alone) == [
-        f"alone{index}-{name}" for index in (1, 2) for name in names
-    ]
-    assert re.findall("<summary>Figures of (.*?), Study .*</summary>", alone) == [
-        "moved: SLTT",
-        "lonely: SLTT",
-    ]
-    assert (
-        "with 1 restart" in alone
-        and "lonely: 4.0 points below the published run at epoch 2" in alone
-    )
-    assert (
-        alone.count("<b>Temporal share of BPTT&#39;s gradient</b>: no run compared its gradient")
-        == 2
-    )
-    assert '"alone2-time-parts":{"light"' in html
+    assert html.count("There are no ratios.") == 2
+    for index in (2, 3):
+        for name in ("accuracy-against-saved-bytes", "time-parts", "learning-curves"):
+            assert f'data-figure="g{index}-{name}"' in html
+    assert "with 1 restart" in html
+    assert "lonely: 4.0 points below the published run at epoch 2" in html
+    assert html.count("<b>Temporal share of BPTT&#39;s gradient</b>: ") == 3
 
 
 def alone(*runs: Run) -> Study:
@@ -108,13 +88,7 @@ TWO = {"world_size": 2, "images_per_s": 150.0}
     [
         (
             alone(tuned("BPTT", 0.1), tuned("BPTT", 0.3, seed=1), tuned("SLTT", 0.3)),
-            [
-                f"{group}: several BPTTs with different optimizer.lr; name one. {where}"
-                for group, where in (
-                    ("No baseline in this group", "The group has no ratios."),
-                    ("The baseline is missing", "This page has no ratios."),
-                )
-            ],
+            ["No baseline: several BPTTs with different optimizer.lr; name one. There are no"],
         ),
         (
             study(claims=(CLAIM,), sweeps=(SWEEP,)),
@@ -140,8 +114,8 @@ TWO = {"world_size": 2, "images_per_s": 150.0}
         (
             alone(run(), run("SLTT"), tuned("BPTT", 0.3), tuned("SLTT", 0.6)),
             [
-                ">Study 01234567, shared settings, on a cpu",
-                ">Study ffffffff, tuned optimizer.lr, on a cpu",
+                '<h2 id="g1">shared settings</h2>',
+                '<h2 id="g2">tuned optimizer.lr</h2>',
                 "<td>optimizer.lr=0.3</td>",
                 "<td>optimizer.lr=0.6</td>",
             ],
@@ -155,12 +129,12 @@ TWO = {"world_size": 2, "images_per_s": 150.0}
         ),
         (
             alone(run(state="running"), run("SLTT", state="failed")),
-            ["Learning curves", "No baseline", "The baseline is missing"],
+            ["Learning curves", "No baseline", "of 100 batches"],
         ),
         (
             alone(run("SLTT"), run("SLTT", **TWO)),
             [
-                '<h2 id="scaling">',
+                "Scaling over workers</h3>",
                 "measured, not estimated",
                 'download="by-hand-scaling.csv"',
             ],
@@ -190,7 +164,7 @@ def test_a_page_says(of: Study, said: list[str]):
     [
         (
             study(),
-            ["different commits", 'id="claims"', "Memory in training"],
+            ["different commits", "<h3>Claims</h3>", "Memory in training"],
         ),
         (study(sweeps=(SWEEP,)), ["largest batch"]),
         (
@@ -198,7 +172,7 @@ def test_a_page_says(of: Study, said: list[str]):
             ["no run of BPTT in this group has finished"],
         ),
         (alone(run(state_bytes=None, startup_s=None)), ["Other measurements"]),
-        (alone(run("SLTT"), run("SLTT", **TWO, own_cores=True)), ['id="scaling"']),
+        (alone(run("SLTT"), run("SLTT", **TWO, own_cores=True)), ["Scaling over workers</h3>"]),
     ],
 )
 def test_a_page_does_not_say(of: Study, unsaid: list[str]):

@@ -1,7 +1,8 @@
 """The server of `spiketrain dashboard`: a page, and the parts that `web/dashboard.js` requests.
 
-The URL is the only state: it determines the list and the figures (permalink.py). An open page
-requests the list and the study periodically. The server reads journals only for the picked study.
+The URL is the only state: it determines the list and the figures (permalink.py). Without a study,
+it shows the newest one. An open page requests the list and its studies periodically. The server
+reads journals only for these studies.
 Without a token, the server listens only on loopback.
 """
 
@@ -14,24 +15,36 @@ from pathlib import Path
 from typing import Any
 
 from flask import Flask, Response, request
+from markupsafe import Markup
 
-from pipeline.report import tables
+from pipeline.core.units import first_few
 from pipeline.report.dashboard.guard import guard
-from pipeline.report.dashboard.live import Live, SuiteReport
-from pipeline.report.dashboard.permalink import ONLY, SORTS, VIEWS, ViewState, describe_states
-from pipeline.report.drawing import Figure, Table, slug
-from pipeline.report.page import WEB, drawn, environment, plotly_script, section_of
+from pipeline.report.dashboard.live import Live
+from pipeline.report.dashboard.permalink import ViewState, describe_states
+from pipeline.report.drawing import slug
+from pipeline.report.page import (
+    VIEWS,
+    WEB,
+    Offers,
+    SuiteReport,
+    environment,
+    plotly_script,
+    section_of,
+    what_to_show,
+)
 from pipeline.report.results import ReportError, describe_state
-from pipeline.report.stores import Store, StoredRun, open_store, studies
+from pipeline.report.stores import Store, StoredRun, StoredStudy, open_store, studies
 from pipeline.report.study import Study
-from pipeline.report.sweeps import LARGEST_SAID
+from pipeline.report.titles import difference, facts_of
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.mlflow_store import without_password
 
 MAX_STUDIES = 200  # in a list
-_MAX_NAME = 120  # letters of a group or suite in a file name, which may have 255 bytes
-_PICK = "<p class='lede'>Pick one from the list above.</p>"
-_NO_RUN = "<p class='note'>The store has no run of this study.</p>"
+_NO_RUN = "The store has no run of this study"
+_WINDOW = "spiketrain dashboard"
+_PLOTLY = "/plotly.js"
+# A browser keeps plotly.js, because the page's address of it names its content.
+_KEPT = {"Content-Encoding": "gzip", "Cache-Control": "private, max-age=31536000, immutable"}
 
 
 def make_app(store: Store, *, name: str, every: float, patience_s: float | None = None) -> Flask:
@@ -44,9 +57,9 @@ def make_app(store: Store, *, name: str, every: float, patience_s: float | None 
             `every`, at least 30.
     """
     environment().filters |= {
-        "seeds": _seeds,
+        "seeds": lambda seeds: first_few(seeds, 6),
         "states": describe_states,
-        "moment": lambda s: time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(s)),
+        "moment": lambda s: time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(s)),
     }
     app = Flask(__name__, static_folder=str(WEB), static_url_path="/web", template_folder=None)
     endpoints = _Endpoints(Live(store), every)
@@ -55,15 +68,16 @@ def make_app(store: Store, *, name: str, every: float, patience_s: float | None 
         .get_template("dashboard.html")
         .render(
             name=name,
-            views=VIEWS,
-            only={key: words for key, (words, _) in ONLY.items()},
+            plotly=f"{_PLOTLY}?{hashlib.sha256(plotly_script()).hexdigest()[:8]}",
             every=f"{every:g}",
             patience=patience_s or max(30.0, 5 * every),
         )
     )
     app.add_url_rule("/", "shell", lambda: shell)
     app.add_url_rule(
-        "/plotly.js", "plotly", lambda: Response(plotly_script(), mimetype="text/javascript")
+        _PLOTLY,
+        "plotly",
+        lambda: Response(plotly_script(), mimetype="text/javascript", headers=_KEPT),
     )
     for endpoint in (endpoints.list, endpoints.study, endpoints.csv):
         app.add_url_rule(f"/{endpoint.__name__}", view_func=endpoint)
@@ -78,34 +92,25 @@ class _Endpoints:
 
     def list(self) -> str:
         """Return the list. Periodic requests (`look`) read the store; others may use the cache."""
+        view = _requested_view()
         try:
-            runs = self._live.listed(fresh_s=0.0 if request.args.get("look") else self._every)
+            all_studies = self._studies(fresh_s=0.0 if request.args.get("look") else self._every)
         except ReportError as error:
             return _trouble(error)
-        view, all_studies = _requested_view(), studies(runs)
+        listed = [(each, _differs(each, all_studies)[1]) for each in view.listed(all_studies)]
         return (
             environment()
             .get_template("list.html")
-            .render(
-                studies=all_studies,
-                listed=view.listed(all_studies),
-                view=view,
-                columns=SORTS,
-                max_studies=MAX_STUDIES,
-            )
+            .render(studies=all_studies, listed=listed, view=view, max_studies=MAX_STUDIES)
         )
 
-    def study(self) -> Response | tuple[str, int]:
-        """Return the study as JSON, or 204 if the page already shows this version (`seen`)."""
-        view = _requested_view()
-        title = f"Study {view.study[:8]}" + (f" of {view.family}" if view.family else "")
-        window = f"{title}, {VIEWS[view.view]}, spiketrain dashboard"
-        if not view.study:
-            return _json(title="No study is picked", window="spiketrain dashboard", html=_PICK)
+    def study(self) -> dict[str, Any] | tuple[str, int]:
+        """Return a study as JSON, or 204 if the page already shows this version (`seen`)."""
         try:
+            view, known = self._opened()
             members = view.members(self._live.members(view.study))
             if not members:
-                return _json(title=title, window=window, html=_NO_RUN)
+                return {"window": _WINDOW, "html": _trouble(_NO_RUN)}
             runs = view.picked(members)
             reports = self._live.reports(runs)
             version = _version(view, members, runs, reports)
@@ -113,81 +118,91 @@ class _Endpoints:
                 return "", 204
             study = self._live.study(runs)
         except ReportError as error:
-            return _json(title=title, window=window, html=_trouble(error))
+            return {"window": _WINDOW, "html": _trouble(error)}
         newest = None if view.runs is not None or runs == members else (len(runs), len(members))
-        html, drawings, _ = _render_study(view, study, reports, newest)
-        macros: Any = environment().get_template("macros.html").module
-        return _json(
-            title=title,
-            window=window,
-            version=version,
-            boxes=macros.boxes(members),
-            picked=[run.short for run in runs],
-            html=html,
-            drawings=drawings,
+        found = studies(members)[0]
+        html, offers = _render_study(
+            view,
+            study,
+            reports,
+            title=found.title,
+            facts=facts_of(found.fields),
+            differs=_differs(found, known, view.beside),
+            hash=found.study[:8],
+            members=members,
+            picked=runs,
+            newest=newest,
         )
+        return {
+            "study": found.study,
+            "family": found.experiment,
+            "window": f"{found.title}, {VIEWS[view.view]}, {_WINDOW}",
+            "version": version,
+            "html": html,
+            "drawings": offers.drawings,
+        }
 
     def csv(self) -> Response:
-        view, downloads = _requested_view(), {}
+        name = request.args.get("name", "")
+        shown: Any = {"title": "", "facts": "", "differs": (), "hash": "", "newest": None}
         try:
-            runs = view.picked(self._live.members(view.study)) if view.study else []
-            if runs:
-                *_, downloads = _render_study(
-                    view, self._live.study(runs), self._live.reports(runs), None
-                )
+            view, _ = self._opened()
+            runs = view.picked(self._live.members(view.study))
+            shown |= {"members": runs, "picked": runs}
+            study, reports = self._live.study(runs), self._live.reports(runs)
         except ReportError as error:
             return Response(f"{error}\n", 503, mimetype="text/plain")
-        name = request.args.get("name", "")
-        if (table := downloads.get(name)) is None:
+        table = _render_study(view, study, reports, **shown)[1].tables.get(name)
+        if table is None:
             return Response(
                 f"dashboard: there is no table {name[:100]!r}\n", 404, mimetype="text/plain"
             )
         return Response(table.to_csv(), mimetype="text/csv")
 
+    def _studies(self, *, fresh_s: float) -> Sequence[StoredStudy]:
+        return studies(self._live.listed(fresh_s=fresh_s))
+
+    def _opened(self) -> tuple[ViewState, Sequence[StoredStudy]]:
+        """Return the requested view, of the newest study if it names none, and all studies."""
+        view, known = _requested_view(), self._studies(fresh_s=self._every)
+        if not view.study and known:
+            view = view.at_study(known[0])
+        return view, known
+
+
+def _differs(study: StoredStudy, known: Sequence[StoredStudy], beside: str = "") -> tuple[str, str]:
+    """The name of another study and the difference from it; both are empty without one.
+
+    The other study has the key `beside`, or else it is the next older one of the family.
+    """
+    others = [each for each in known if each.study != study.study]
+    at_side = [each for each in others if each.study == beside]
+    family = [each for each in others if each.experiment == study.experiment]
+    older = [each for each in family if each.newest < study.newest]
+    for other in (*at_side, *older, *family):
+        name = "beside it" if at_side else f"before it, {other.title.partition(':')[0]}"
+        return name, difference(study.fields, other.fields)
+    return "", ""
+
 
 def _render_study(
-    view: ViewState, study: Study, reports: Sequence[SuiteReport], newest: tuple[int, int] | None
-) -> tuple[str, dict[str, Any], dict[str, Table]]:
-    """Return the HTML of a study, and by key its drawings and the tables of its CSV links.
-
-    `newest`: the numbers of shown and of all runs, if only the newest runs are shown.
-    """
-    drawings: dict[str, Any] = {}
-    downloads: dict[str, Table] = {}
-
-    def offer(key: str, table: Table, figure: Figure | None = None) -> str:
-        """Register a table and its figure's drawing; return the URL of the table."""
-        downloads[key] = table
-        if figure is not None:
-            drawings[key] = drawn(figure)
-        return f"/csv{view.search or '?'}&name={key}"
-
-    def file(key: str, where: str) -> str:
-        """Return a file name that is unique among the downloads of all groups and suites."""
-        return f"{slug(where)[:_MAX_NAME] if where else view.study[:8]}-{key}"
-
-    sections = [section_of(group, group.key, (view.view,)) for group in study.groups]
-    html = (
-        environment()
-        .get_template("study.html")
-        .render(
-            view=view,
-            study=study,
-            sections=sections,
-            missing=[reason for each in sections for reason in each.reasons],
-            reports=reports,
-            newest=newest,
-            scaled=tables.scaling(study) if view.view == "costs" else None,
-            largest_said=LARGEST_SAID,
-            offer=offer,
-            file=file,
-        )
-    )
-    return html, drawings, downloads
+    view: ViewState, study: Study, reports: Sequence[SuiteReport], **shown: Any
+) -> tuple[str, Offers]:
+    """Return the HTML of a study, with its drawings and the tables of its CSV links."""
+    offers = Offers(study.title, lambda key: f"/csv{view.search or '?'}&name={key}")
+    sections = [
+        section_of(group, group.key, (view.view,), among=study.groups) for group in study.groups
+    ]
+    template = environment().get_template("study.html")
+    place = f"{view.study[:8]}-{slug(view.family)}"
+    variables = what_to_show(study, sections, offers, [view.view], reports)
+    return template.render(**variables, **shown, place=place), offers
 
 
 def _requested_view() -> ViewState:
-    return ViewState.at(request.query_string.decode("ascii", "replace"))
+    """The requested view; `second` requests that of the second study."""
+    query = request.query_string.decode("ascii", "replace")
+    return ViewState.at(query, second="second" in request.args)
 
 
 def _version(
@@ -206,20 +221,10 @@ def _version(
     return hashlib.sha256(json.dumps(shown).encode()).hexdigest()
 
 
-def _json(**fields: Any) -> Response:
-    fields = {"version": "", "boxes": "", "picked": [], "drawings": {}, **fields}
-    return Response(json.dumps(fields, allow_nan=False), mimetype="application/json")
-
-
-def _trouble(error: Exception) -> str:
-    macros: Any = environment().get_template("macros.html").module
-    return macros.trouble(str(error)[:1].upper() + str(error)[1:])
-
-
-def _seeds(seeds: Sequence[str]) -> str:
-    if len(seeds) <= 6:
-        return ", ".join(seeds)
-    return f"{', '.join(seeds[:3])} ... {seeds[-1]} ({len(seeds)})"
+def _trouble(reason: object) -> str:
+    text = str(reason)
+    note = "<p class='note' role='alert'>{}.</p>"
+    return Markup(note).format(text[:1].upper() + text[1:])
 
 
 _THREADS = 8

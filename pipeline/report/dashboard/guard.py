@@ -69,8 +69,7 @@ def guard(server: Flask, *, host: str, token: str | None) -> None:
     def harden(response: Response) -> Response:
         response.headers.update(HEADERS)
         response.headers["Content-Security-Policy"] = policy
-        if not request.path.startswith("/plotly.js"):
-            response.headers["Cache-Control"] = "no-store"
+        response.headers.setdefault("Cache-Control", "no-store")
         return response
 
 

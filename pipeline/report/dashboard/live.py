@@ -15,13 +15,14 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
 from pipeline.measure.constants import PARTS, REST
-from pipeline.report.claims import SuiteResult, parse_result
+from pipeline.report.claims import parse_result
 from pipeline.report.history import UNKNOWN_EPOCH
+from pipeline.report.page import SuiteReport
 from pipeline.report.results import (
     ReportError,
     Run,
@@ -51,18 +52,6 @@ _ARTIFACT_TAG = "spiketrain.artifact."  # prefix of the tags with the version of
 _CACHE_SIZE = 512  # entries
 _FRESH_S = 0.5  # the members of a study and the report of a suite are cached for this time
 T_ = TypeVar("T_")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SuiteReport:
-    """A suite's report as stored in MLflow, at the end of a launch or by `spiketrain report`."""
-
-    key: str = ""  # the beginning of the MLflow run id of the suite
-    title: str = ""  # the suite, with the commits and machines of its shown runs
-    version: str = ""
-    returned: SuiteResult = SuiteResult()
-    printed: str = ""  # the text that the suite's own report printed
-    note: str = ""  # why the report is omitted
 
 
 class Live:
@@ -208,7 +197,7 @@ class Live:
         events = list(sent.events) or [Event(time=stored.started, attempt=0)]
         later: list[Step | Evaluation] = []
         for kind, prefix, more in (
-            (Step, "train", {"memory_bytes": None}),
+            (Step, "train", {"memory_bytes": stored.metrics.get("train/memory_bytes")}),
             (Evaluation, "val", {"samples": 0}),
         ):
             since = max((event.step for event in events if isinstance(event, kind)), default=-1)
@@ -246,7 +235,8 @@ class Live:
             return SuiteReport(version=str(error), note=f"Its report is excluded: {error}")
         return SuiteReport(
             version=hashlib.sha256(json.dumps(value).encode()).hexdigest(),
-            returned=result,
+            claims=result.claims,
+            sweeps=result.sweeps,
             printed=str((value or {}).get("printed") or ""),
         )
 
