@@ -16,7 +16,7 @@ IN_MEMORY = $(shell findmnt -fbno AVAIL,OPTIONS /dev/shm | awk '$$1 > 4e9 && !/n
 DISTRIBUTED = $(shell grep -rl --include=*.py pytest.mark.distributed tests)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup pictures browser tools demo check format test test-full test-gpu audit clean
+.PHONY: help setup pictures browser tools demo docs check format test test-full test-gpu audit clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ tools: ## what tests of infra/ need: Debian's shellcheck, docker-compose, promto
 demo: setup ## write Fashion-MNIST, train by three rules on two workers (WORKERS=N), compare
 	$(BIN)/spiketrain write fashion --out data/fashion --existing keep
 	$(BIN)/spiketrain launch recipes/compare/fashion_demo.py --workers $(WORKERS) --device cpu
+
+docs: setup ## the documentation site, docs/_build/html/index.html; warnings are errors, and three notebooks run
+	$(PROCESSES) $(BIN)/python -m sphinx -W --keep-going -n -q docs docs/_build/html
 
 check: setup ## format, lint, types, layers
 	$(BIN)/ruff format --check .
@@ -64,5 +67,5 @@ audit: setup ## known holes in the releases of requirements.lock, asked of PyPI 
 	.audit/bin/pip-audit --strict --require-hashes --disable-pip --requirement requirements.lock
 
 clean: ## caches and builds; keeps .venv, data and runs
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build dist docs/_build *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

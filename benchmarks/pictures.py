@@ -1,5 +1,4 @@
-"""The first recipe of docs/recipes.md, mine.py, on small picture sets: are BPTT and SLTT near each
-other?
+"""mine.py of docs/tutorials/own_pictures.md on small picture sets: are BPTT and SLTT near?
 
 Command:  python -m benchmarks.pictures [--sets shapes fashion stamps] [--seeds 3] [--folder DIR]
 Result:   docs/LOG.md, "The template of README"
@@ -35,7 +34,7 @@ from pipeline.core.code_version import commit
 from pipeline.data.write.images import fashion_sets
 from pipeline.measure.memory import device_here, hardware
 
-PAGE = Path(__file__).parents[1] / "docs/recipes.md"
+PAGE = Path(__file__).parents[1] / "docs/tutorials/own_pictures.md"
 NEAR = 6.0
 """points between the means of BPTT and SLTT"""
 CORNERS = {"disc": 40, "square": 4, "triangle": 3}
@@ -55,7 +54,7 @@ def main() -> None:
 
 
 def template(classes: int) -> str:
-    """mine.py as docs/recipes.md has it, for `classes` classes."""
+    """mine.py as docs/tutorials/own_pictures.md has it, for `classes` classes."""
     [text] = [
         block
         for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)

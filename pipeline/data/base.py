@@ -24,14 +24,20 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One micro-batch of one rank. It owns its memory, so later batches do not overwrite it."""
+    """One micro-batch of one rank. It owns its memory, so later batches do not overwrite it.
 
-    # float32: normalised images [B,C,H,W], or recordings [B,T,C,H,W]; or, with a table, the levels
-    # of images, uint8 [B,C,H,W]
+    Fields:
+        x: float32, normalised images `[B,C,H,W]` or recordings `[B,T,C,H,W]`; with a table the
+            levels of images, uint8 `[B,C,H,W]`
+        target: int64 `[B]`
+        index: int64 `[B]`, the positions of the samples in the file
+        table: float32 `[C,256]`, the normalised value of each level of a channel; None: `x` is
+            float32
+    """
+
     x: Tensor
-    target: Tensor  # int64 [B]
-    index: Tensor  # int64 [B], positions of the samples in the file
-    # float32 [C,256]: the normalised value of each level of a channel; None: `x` is float32
+    target: Tensor
+    index: Tensor
     table: Tensor | None = None
 
 

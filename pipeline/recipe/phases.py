@@ -22,14 +22,19 @@ class Phase:
     """One task of a recipe.
 
     Each task has a new optimizer state and schedule; weights and the rule's state are kept.
+
+    Fields:
+        data: its target receives the recipe's data and returns a `pipeline.data.base.Data`;
+            `pipeline.data.datasets.tasks` has such targets
+        epochs: of this task; None: the recipe's
+        head: index of the head of a multi-head classifier; None: the network has one head
+
+    Raises: ValueError that names the phase and the field.
     """
 
     name: str
-    # Its target receives the recipe's data and returns a `pipeline.data.base.Data`.
-    # `pipeline.data.datasets.tasks` has such targets.
     data: Spec
-    epochs: int | None = None  # None: the recipe's
-    # index of the head of a multi-head classifier; None: the network has one head
+    epochs: int | None = None
     head: int | None = None
 
     def __post_init__(self) -> None:

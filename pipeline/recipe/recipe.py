@@ -137,6 +137,8 @@ class Policy(_Fields):
             diverged
         replicas_every: steps between bitwise comparisons of the workers' weights. The weights are
             also compared at each checkpoint. 0: no comparison at all
+
+    Raises: ValueError that names the field.
     """
 
     prefix = "policy."
@@ -231,6 +233,7 @@ class Recipe(_Fields):
     """Everything that decides a run's result, and nothing about the machines that it runs on.
 
     Fields:
+        name: of the run, unless the launch names it
         model: -> torch.nn.Module that maps [T,B,...] to logits [T,B,K]
         rule: -> pipeline.rules.base.Rule, which replaces `loss.backward()`
         data: -> pipeline.data.base.Data; with phases, the data that their tasks are made of
@@ -257,9 +260,12 @@ class Recipe(_Fields):
         clip_norm: largest gradient norm of a global batch; 0: no clipping
         ema_decay: decay of a running average of the weights, such as 0.9999. Evaluations and
             `model.safetensors` use the average. 0: no average
+        seed: of initial weights, the order of samples and all random draws
+        backend: "deepspeed" or plain torch
         zero: DeepSpeed's ZeRO stage
         init: a run's folder or a weights file (.safetensors, .pt) to start from, or "@NAME" in a
             suite. The study key covers its content, not its path. None: from scratch
+        policy, evaluation, checkpoints: see `Policy`, `Evaluation` and `Checkpointing`
         log_every: steps between step events in the journal
         stop_after: number of global batches after which the run and its schedule end, or each phase
             and its schedule; None: they end after the last epoch
@@ -274,6 +280,9 @@ class Recipe(_Fields):
         published_setting: dotted keys of this recipe with their values in the published log, such
             as ("time_steps", 4). If a run has another value, reports name the difference and do not
             judge the run by the log.
+
+    Raises: ValueError that names the field, for a value of another type or out of range, or for
+    fields that contradict each other.
     """
 
     name: str = field(metadata=_role(Role.PER_RUN))

@@ -15,7 +15,10 @@ from pipeline.core.checks import require
 
 @dataclass(frozen=True)
 class Spec:
-    """A callable and its keywords. The keywords are checked at once; `build` makes the call."""
+    """A callable, `target`, and its keywords, `kwargs`. They are checked at once; `build` calls.
+
+    Raises: ValueError as `spec`.
+    """
 
     target: Callable[..., Any]
     kwargs: Mapping[str, Any] = field(default_factory=dict)

@@ -78,6 +78,9 @@ class Measurement:
         of: names of recipes of the suite, or recipes that the suite does not train. The first
             recipe is measured, with the rules of all of them
         options: keywords of the function, as JSON values
+
+    Raises: ValueError for an unknown kind, no recipe, or a name with other characters than small
+    letters, digits and hyphens.
     """
 
     name: str
@@ -114,6 +117,9 @@ class Suite:
         report: prints the results; None: a comparison per study and conditions is printed
         choices: by the name of the recipe that takes the chosen value
         measurements: costs that the report needs. Without a report, sweeps are printed and drawn
+
+    Raises: ValueError for equal names, or for a reference, choice or measurement of a recipe that
+    is not in the suite or comes later.
     """
 
     recipes: tuple[Recipe, ...]

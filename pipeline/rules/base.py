@@ -35,7 +35,7 @@ LossFn = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class World:
-    """What a rule knows about the run. `size` is the number of ranks.
+    """What a rule knows about the run: `seed`, its own `rank` of 0..`size` - 1, and `mean`.
 
     `mean` averages a tensor over ranks. It is collective.
     """

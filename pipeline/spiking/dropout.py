@@ -47,7 +47,7 @@ class Dropout(nn.Module):
 
 
 class DropPath(Dropout):
-    """Dropout of residual branches: one m per sample. If m = 0, only the shortcut remains.
+    """Dropout of a `share` of residual branches, one m per sample. If m = 0, the shortcut remains.
 
     Source: Huang et al. 2016 (stochastic depth, arXiv 1603.09382).
     """

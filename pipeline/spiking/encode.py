@@ -9,7 +9,7 @@ from pipeline.spiking.kernels.operators import dense
 
 
 def to_time_first(x_B: Tensor, steps: int) -> Tensor:
-    """A batch of a data set, time first: `[T, B, C, H, W]` with T = `steps`.
+    """A batch `x_B` of a data set, time first: `[T, B, C, H, W]` with T = `steps`.
 
     Images `[B, C, H, W]` are repeated. Recordings `[B, T, C, H, W]` are transposed.
 
@@ -26,7 +26,7 @@ def to_time_first(x_B: Tensor, steps: int) -> Tensor:
 
 
 def repeat(x_B: Tensor, steps: int) -> Tensor:
-    """The same frame at each of `steps` time steps, as a view `[T, B, ...]` without a copy.
+    """The frame `x_B` at each of `steps` time steps, as a view `[T, B, ...]` without a copy.
 
     Raises: ValueError for fewer than one step.
     """

@@ -59,6 +59,7 @@ class LIF(nn.Module):
         reset_gradient: "detached" treats s in the reset as a constant; "kept" differentiates it.
         scale_input: whether the current is multiplied by 1 - decay.
         surrogate: its derivative replaces the derivative of the step function.
+        kernel: "auto" runs a slice in one kernel where the device has one, "eager" in torch.
 
     A rule can set two seams (attributes). `carry(v) -> v` is applied to the membrane after every
     time step. `custom_forward(lif, x_TB) -> s_TB` replaces the whole forward; it can use `step`,

@@ -190,7 +190,7 @@ def RateLIF(
 
 
 class WeightedRates(nn.Module):
-    """Readout of LIF rates: multiplies step t by T w[t], so the mean over T is the weighted rate.
+    """Readout of the rates of LIF with `decay`: multiplies step t by T w[t].
 
         y[t] = T w[t] x[t],   mean_t y[t] = sum_t w[t] x[t]
 

@@ -50,6 +50,8 @@ class Distillation:
         labels: the loss on labels. Evaluation reports it, even if its weight is 0.
         temperature: tau > 0, of the terms that have it.
 
+    Raises: ValueError for a negative weight, no weight above 0 beside that of the labels, another
+    form, or a temperature of 0 or below.
     Source: Hinton et al. 2015, arXiv:1503.02531; Liu et al. 2020 (ReActNet), arXiv:2003.03488;
     Touvron et al. 2021 (DeiT), arXiv:2012.12877; temporal decoupling:
     Intelli-Chip-Lab/snn_temporal_decoupling_distillation, 2025.

@@ -52,6 +52,7 @@ class CrossEntropy:
         goal: the logits at which the squared error is 0: "ones" is 1 for every class, "one_hot" is
             1 for the target and 0 for other classes (the shares of the classes for mixed samples).
 
+    Raises: ValueError for a share outside 0..1, or a goal without `mse`.
     Source: Meng et al. 2023 (SLTT), arXiv:2302.14311; the constant goal goes back to Deng et al.
     2022 (TET), arXiv:2202.11946."""
 

@@ -1,9 +1,9 @@
 """Schedules of the learning rate. `Schedule(step)` sets the rate as a function of the step, so
 a resume needs no state.
 
-Each function here takes the optimizer, the number of global batches in the run (or in its phase),
-and the number in one epoch. timm's schedulers compute the rates. DeepSpeed gets no schedule,
-because it would count steps itself.
+Each function here takes the optimizer, the number of global batches in the run or in its phase
+(`steps`), and the number in one epoch (`steps_per_epoch`). timm's schedulers compute the rates.
+DeepSpeed gets no schedule, because it would count steps itself.
 """
 
 from collections.abc import Callable, Sequence
