@@ -244,9 +244,9 @@ def test_every_command_that_is_printed_works_with_a_strangers_package(
     # It began twice, and learnt every batch of its three epochs.
     journal = [event["event"] for event in read(Path("runs/it/journal.jsonl"))]
     assert journal.count("start") == 2 and journal[-1] == "finish"
-    assert "LastStep" in typed(printed("compare", resumed))
+    assert "LastStep" in typed("spiketrain compare it --trust mysnn")
     assert "LastStep" in Path(typed(printed("report", resumed)).splitlines()[-1]).read_text()
-    assert "top-1 " in typed(printed("evaluate", resumed))
+    assert "top-1 " in typed("spiketrain evaluate it --trust mysnn")
     [line] = re.findall(r"^load    (.*)$", typed(printed("export", resumed)), re.MULTILINE)
     forget()
     network = eval(line, {"pipeline": pipeline})

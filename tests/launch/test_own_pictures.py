@@ -130,7 +130,7 @@ def test_a_loaded_network_comes_with_what_it_expects(
         [batch] = batches
     assert torch.equal(x_BCHW, batch.x[batch.target == 1])
     (tmp_path / "empty.png").touch()
-    page = (Path(__file__).parents[2] / "docs" / "pictures.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "tutorials" / "finetune.md").read_text()
     [code] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
     for example, ours in (
         ("birds.safetensors", place / "runs" / "first"),

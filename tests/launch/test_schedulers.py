@@ -285,7 +285,7 @@ def test_checkpoints_that_a_pod_would_take_with_it_are_refused(place: str, lasts
     "image",
     [
         "a:1",
-        "host:5000/a/b-c:0.1.0-ray2.60.0",
+        "host:5000/a/b-c:0.2.0-ray2.60.0",
         f"a@sha256:{'0' * 64}",
         f"host.example/a:1@sha256:{'f' * 64}",
     ],

@@ -55,7 +55,7 @@ def test_a_metric_is_one_line(make_run: Callable, runs_dir: Path, monkeypatch: p
             {**json.loads(store.texts[stored.id, "summary.json"]), "weights": {"zeros": value}}
         )
     shown = Asking(store).show(f"?study={KEY}")
-    assert "share of zeros" in shown and "25.00% (×0.50)" in shown
+    assert "share of zeros" in shown and "25.00% <span>(×0.50)</span>" in shown
 
 
 def test_a_metric_that_is_not_compared_is_listed_beside(
