@@ -255,20 +255,20 @@ def what_to_show(
 ) -> dict[str, Any]:
     """The variables of the templates that the page and the dashboard share."""
     rules = study.groups[0].page_rules if study.groups else ()
-    told = [(each, [*swept(each.sweeps, rules)]) for each in reports]
+    reported = [(each, [*swept(each.sweeps, rules)]) for each in reports]
     return {
         "study": study,
         "sections": sections,
         "offers": offers,
         "views": views,
         "titles": VIEWS,
-        "reports": told,
+        "reports": reported,
         "missing": [
             (each.title, f"{one.name}: {each.why}") for one in sections for each in one.missing
         ],
         "memory": [
             ("-".join(filter(None, (report.key, one.key, one.figures[0].name))), one.figures[0])
-            for report, sweeps in told
+            for report, sweeps in reported
             for one in sweeps
             if one.figures
         ],
