@@ -71,7 +71,7 @@ def files_of(stack: Path) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in paths if path.is_relative_to(ROOT / "pipeline")]
 
 
-@pytest.mark.distributed
+@pytest.mark.full
 @pytest.mark.timeout(300)
 def test_a_recipe_passes_the_files_of_the_walk_and_no_other(tmp_path: Path) -> None:
     recipe, driver, worker = (tmp_path / name for name in ("traced.py", "driver", "worker"))

@@ -322,6 +322,7 @@ def served_here(store: FakeStore, *, token: str | None = None) -> Iterator[str]:
         thread.join()
 
 
+@pytest.mark.full
 def test_a_store_that_answers_later_than_the_next_look_is_shown(browser: Browser):
     """And what the reports of two suites told, in a view of their own."""
     store = FakeStore(pause_s=0.3)

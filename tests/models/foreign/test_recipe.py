@@ -12,7 +12,7 @@ from pipeline.recipe.recipe import Spec, spec
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from tests.helpers.foreign import CASES, CLASSES, POOLED, Case, chain, learnt_chain, sew, spikformer
+from tests.helpers.foreign import CASES, CLASSES, POOLED, Case, chain, learnt_chain, sew
 from tests.helpers.small import finished, goes_on, small_recipe
 
 
@@ -25,7 +25,6 @@ from tests.helpers.small import finished, goes_on, small_recipe
         (learnt_chain, (1, 8, 8), spec(SLTT, k=1)),
         (learnt_chain, (1, 8, 8), spec(BPTT)),
         (sew, (3, 8, 8), spec(SLTT, k=1)),
-        (spikformer, (3, 32, 32), spec(SLTT)),
         # OTTT refuses the batch norm of the first two networks
         *(
             pytest.param(case.build, case.shape, rule, marks=pytest.mark.full)

@@ -26,6 +26,7 @@ def test_in_the_interpreter_spikes_have_eagers_bits(part: int):
     assert ran.returncode == 0 and int(ran.stdout.split()[0]) > 50, ran.stderr[-2000:]
 
 
+@pytest.mark.full
 def test_compiled_for_an_h100_all_values_are_in_registers(tmp_path: Path):
     words = [sys.executable, "-m", "tests.helpers.triton_compiled"]
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
