@@ -50,13 +50,10 @@ format: setup ## rewrite what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Side by side: distributed tests wait for processes that start, and cores would be idle. Their output comes last. A shell
-# has jobs in the background ignore SIGINT, and so would what the tests start and interrupt.
+# Three at a time on two cores: many tests wait for processes that start, and cores would be idle.
 test: setup browser tools ## quick and distributed tests; installs chromium, shellcheck, docker-compose, promtool and kustomize
-	@said=$$(mktemp); trap 'rm -f $$said' EXIT; env --default-signal=INT $(PROCESSES) $(IN_MEMORY) \
-	    $(BIN)/pytest -m "distributed and not full and not gpu" -n 2 --dist loadfile $(DISTRIBUTED) >$$said 2>&1 & \
-	$(PROCESSES) $(IN_MEMORY) $(BIN)/pytest -m "not full and not distributed and not gpu" -n 2 --dist loadfile; quick=$$?; \
-	wait $$!; distributed=$$?; cat $$said; exit $$((quick + distributed))
+	$(PROCESSES) $(IN_MEMORY) $(BIN)/pytest -m "not full and not distributed and not gpu" -n 3 --dist loadfile
+	$(PROCESSES) $(IN_MEMORY) $(BIN)/pytest -m "distributed and not full and not gpu" -n 3 --dist loadfile $(DISTRIBUTED)
 
 test-full: setup tools ## the tests that take minutes, as root; installs PostgreSQL, Slurm's daemons and iproute2
 	@infra/setup.sh --servers
