@@ -8,7 +8,7 @@ from typing import NamedTuple
 from pipeline.core.units import format_quantity
 from pipeline.recipe import is_baseline
 from pipeline.report.metrics import COMPUTE, ENERGY, metric
-from pipeline.report.results import Run, describe_state
+from pipeline.report.results import Run, describe_state, is_silent
 from pipeline.report.study import Group
 from pipeline.report.tables import headline, percent
 from pipeline.track.events import Step
@@ -36,7 +36,7 @@ def first_rule(group: Group) -> str:
     """The rule whose tiles a page shows first: the best one, or one that trains, or the first."""
     if best := headline(group):
         return best.rule
-    running = {run.rule for run in group.runs if run.state == "running"}
+    running = {run.rule for run in group.runs if _trains(run)}
 
     def place(rule: str) -> tuple[bool, ...]:
         return rule == group.against, rule not in running, rule not in group.finished_rules
@@ -52,7 +52,7 @@ def tiles(group: Group, rule: str) -> tuple[Tile, ...]:
 
 def training(group: Group) -> list[tuple[str, Tile]]:
     """The runs that train, each with the tile of its time."""
-    running = [run for run in group.runs if run.state == "running"]
+    running = filter(_trains, group.runs)
     return [(f"{run.rule}, seed {run.seed}", _time_left(run)) for run in running]
 
 
@@ -89,10 +89,10 @@ def _finished(group: Group, rule: str, label: str, name: str) -> Tile:
 
 def _unfinished(group: Group, rule: str) -> tuple[Tile, ...]:
     """Tiles of the run that is furthest, a running one first."""
-    run = max(group.of(rule), key=lambda each: (each.state == "running", each.history.step))
+    run = max(group.of(rule), key=lambda each: (_trains(each), each.history.step))
     past, state = run.history, describe_state(run.state, run.last_heard)
     done = _batches(run)
-    if run.state != "running":
+    if not _trains(run):
         end = Tile("Accuracy", state, detail=f"seed {run.seed}, after {done}")
         others = _QUANTITIES[1:]
         return end, *(Tile(label, _NONE, detail="no run has finished") for label, _ in others)
@@ -112,6 +112,12 @@ def _unfinished(group: Group, rule: str) -> tuple[Tile, ...]:
         _time_left(run),
         Tile("Energy", _NONE, spread="estimated at the end"),
     )
+
+
+def _trains(run: Run) -> bool:
+    """Whether the run has reported lately."""
+    heard = run.last_heard
+    return run.state == "running" and (heard is None or not is_silent(run.state, heard))
 
 
 def _batches(run: Run) -> str:

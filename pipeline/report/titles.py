@@ -81,7 +81,10 @@ def difference(fields: Mapping[str, str], others: Mapping[str, str]) -> str:
 
 
 def _tuned(fields: Mapping[str, str]) -> list[str]:
-    return json.loads(fields.get("tuned", "[]")) or []
+    try:
+        return json.loads(fields.get("tuned", "[]")) or []
+    except ValueError:  # MLflow takes any text, and one run must not hide the others
+        return []
 
 
 def _is_shared(key: str) -> bool:

@@ -50,7 +50,8 @@
       const [isOpen, isBeside] = columns.map(({ study, family }) => study === item.dataset.study && family === item.dataset.family);
       item.classList.toggle("here", isOpen);
       item.classList.toggle("second", isBeside);
-      item.querySelector("a").toggleAttribute("aria-current", isOpen);
+      const link = item.querySelector("a");
+      isOpen ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current");
       const button = item.querySelector("[data-beside]");
       button.hidden = isOpen;
       button.setAttribute("aria-pressed", String(isBeside));
@@ -63,6 +64,7 @@
     for (const [name, value] of Object.entries(more)) if (value) params.set(name, value);
     const response = await fetch(`${path}?${params}`, { signal: AbortSignal.timeout(patience) });
     if (response.status === 204) return null;
+    if (!response.ok) throw new Error(response.statusText); // what is shown stays, and is asked for again
     return response.headers.get("Content-Type").startsWith("application/json") ? response.json() : response.text();
   };
 
@@ -130,7 +132,8 @@
   const open = (item) => {
     const params = query();
     ["runs", "rule", "panel"].forEach((each) => params.delete(each));
-    if (params.get("beside") === item.dataset.study) ["beside", "beside_family", "beside_runs"].forEach((each) => params.delete(each));
+    const { study, family } = columns[1];
+    if (study === item.dataset.study && family === item.dataset.family) ["beside", "beside_family", "beside_runs"].forEach((each) => params.delete(each));
     params.set("study", item.dataset.study);
     params.set("family", item.dataset.family);
     go(params);
