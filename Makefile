@@ -50,9 +50,9 @@ format: setup ## rewrite what ruff can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Three at a time on two cores: many tests wait for processes that start, and cores would be idle.
+# Distributed tests three at a time on two cores: most wait for processes that start, and cores would be idle.
 test: setup browser tools ## quick and distributed tests; installs chromium, shellcheck, docker-compose, promtool and kustomize
-	$(PROCESSES) $(IN_MEMORY) $(BIN)/pytest -m "not full and not distributed and not gpu" -n 3 --dist loadfile
+	$(PROCESSES) $(IN_MEMORY) $(BIN)/pytest -m "not full and not distributed and not gpu" -n 2 --dist loadfile
 	$(PROCESSES) $(IN_MEMORY) $(BIN)/pytest -m "distributed and not full and not gpu" -n 3 --dist loadfile $(DISTRIBUTED)
 
 test-full: setup tools ## the tests that take minutes, as root; installs PostgreSQL, Slurm's daemons and iproute2
