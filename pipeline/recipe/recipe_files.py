@@ -5,7 +5,6 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +19,7 @@ _ANONYMOUS = "recipe_file_"  # prefix of the module name of a file that cannot b
 
 def find_recipe(path: Path) -> Path:
     """The file of a packaged recipe for a name such as `fashion/sltt`; other paths as they are."""
-    packaged = find_spec("recipes")
+    packaged = own_code.find_spec("recipes")
     if path.suffix or path.exists() or packaged is None or packaged.origin is None:
         return path
     file = Path(packaged.origin).parent / path.with_suffix(".py")
