@@ -32,7 +32,6 @@ from benchmarks.memory_picture import RULES, draw
 from benchmarks.pictures import template, write_shapes
 from pipeline.data.write.images import write_fashion
 from pipeline.recipe.recipe import read_json, spec
-from pipeline.rules.base import Rule
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
@@ -268,11 +267,36 @@ API = (DOCS / "api.md").read_text()
 SHARED = set(re.findall(r"`(\w+)`", API.partition("\n## ")[0]))
 
 
+# The modules of what has a paper; the others say how the pipeline itself works.
+PUBLISHED = re.compile(
+    r"pipeline\.(rules\.(?!base)|spiking\.(neuron|integer|rate|surrogate|norm|dropout|equilibrium)$"
+    r"|models\.(?!mlp|transforms|program|published|nir|teachers|foreign)\w+$)"
+)
+UNITS = {  # the arguments with a unit, and the words of which one stands near them
+    "memory": "bytes",
+    "limit_gb": "10.9 bytes",
+    "minutes": "minutes",
+    "warmup": "share",
+    "decay_every": "share",
+    "threshold": "units? of|of the current",
+    "tau": "time constant",
+    "dt": "time step",
+    "size": "pixels|rank",
+    "reach": "pixels",
+    "cutout": "pixels",
+    "share": "probability|fraction|share of",
+    "dropout": "probability|share of",
+    "probability": "probability",
+    "held_out": "share|fraction",
+}
+
+
 @pytest.mark.parametrize("name", re.findall(r"^pipeline\.[\w.]+$", API, flags=re.MULTILINE))
 def test_a_public_name_says_its_arguments_shapes_errors_and_source(name: str) -> None:
     part = resolve_name(name)
     module = sys.modules[part.__module__].__doc__ or ""
-    text = f"{part.__doc__ or ''}\n{module}"
+    bases = [each.__doc__ or "" for each in part.__mro__[1:-1]] if isinstance(part, type) else []
+    text = "\n".join([part.__doc__ or "", module, *bases])
     arguments = inspect.signature(part).parameters.values()
     named = SHARED | {"self", "args", "kwargs"} | set(re.findall(r"\w+", text))
     assert part.__doc__ and [each.name for each in arguments if each.name not in named] == []
@@ -285,8 +309,11 @@ def test_a_public_name_says_its_arguments_shapes_errors_and_source(name: str) ->
         )
     if re.search(r"\brequire\(|raise ValueError|\brefuse", code):
         assert "Raises:" in part.__doc__
-    if isinstance(part, type) and issubclass(part, Rule) and part is not Rule:
-        assert re.search(r"Source: .*(arXiv|doi)", part.__doc__, re.DOTALL)
+    if PUBLISHED.match(part.__module__):
+        assert re.search(r"Source: .*(arXiv|doi)", text, re.DOTALL)
+    for argument in UNITS.keys() & {each.name for each in arguments} - SHARED:
+        near = [text[each.start() :][:300] for each in re.finditer(rf"\b{argument}\b", text)]
+        assert any(re.search(UNITS[argument], each) for each in near), f"the unit of {argument}"
 
 
 @pytest.mark.full

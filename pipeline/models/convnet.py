@@ -6,6 +6,8 @@
 In evaluation every map between two neurons is affine, so the network works on spikes, on rates and
 with ReLU. `head="linear"` is a linear classifier. `head="rate"` ends in neurons (`RateHead`), as in
 DSR's networks.
+
+Source: Meng et al. 2022 (DSR, arXiv 2205.00459) for `head="rate"`.
 """
 
 # T time, B batch, C channels, H W pixels, K classes

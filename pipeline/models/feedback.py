@@ -5,9 +5,9 @@
     dropout_on="currents", as published
         inject -> [layer 1 -> ... -> layer N -> layer 1] -> classifier
 
-"currents" puts a dropout after every synapse, including `inject` and the feedback, and none before
-the classifier. A mask is drawn once per batch. It is the same in all T steps and in the equation
-that IDE and SPIDE solve for the gradient.
+`dropout` is a probability. "currents" puts a dropout after every synapse, including `inject` and
+the feedback, and none before the classifier. A mask is drawn once per batch. It is the same in all
+T steps and in the equation that IDE and SPIDE solve for the gradient.
 
 Docstrings use the papers' notation. 96C3s is a 3x3 convolution with 96 output channels and stride
 2. (F96C3u) is the feedback: a 3x3 transposed convolution of the last layer, with 96 output channels

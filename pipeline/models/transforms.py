@@ -177,7 +177,7 @@ class LateReadout(nn.Module):
 
 
 def late(network: nn.Module, *, share: float = 0.5, time_steps: int) -> nn.Sequential:
-    """`network` with a `LateReadout` for the last `share` of its `time_steps`."""
+    """`network` with a `LateReadout` for the last `share`, a fraction of its `time_steps`."""
     return nn.Sequential(network, LateReadout(share=share, time_steps=time_steps))
 
 

@@ -205,7 +205,7 @@ def vgg_sws(
     """VGG-sWS, 9,228,362 parameters at 10 classes and 3 channels. Demos use smaller `stages`.
 
     OTTT's neuron is LIF(surrogate=Sigmoid(4)). Its dropout is 0.1 on event data and 0 on images.
-    `stages`, `stem` and `dropout` are those of `VGG`.
+    `stages`, `stem` and `dropout`, a probability, are those of `VGG`.
     """
     return VGG(
         stages=stages,

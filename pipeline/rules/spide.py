@@ -53,7 +53,7 @@ class SPIDE(Rule):
     Args:
         steps: T_B, the number of time steps of the backward phase.
         scale: the factor of the gradient in the backward phase, see above.
-        threshold: the threshold of the backward neurons.
+        threshold: the threshold of the backward neurons, in units of their current.
         decay: the decay of the backward neurons. Below 1 they are leaky, and beta averages their
             emissions over about the last 1 / (1 - decay) steps.
 

@@ -47,7 +47,8 @@ class Dropout(nn.Module):
 
 
 class DropPath(Dropout):
-    """Dropout of a `share` of residual branches, one m per sample. If m = 0, the shortcut remains.
+    """Drops residual branches with probability `share`, one m per sample. If m = 0, the shortcut
+    remains.
 
     Source: Huang et al. 2016 (stochastic depth, arXiv 1603.09382).
     """

@@ -67,6 +67,9 @@ class LIF(nn.Module):
 
     Raises: ValueError for arguments out of range, outside `fresh_state`, or if the shape of a batch
     changes between slices.
+
+    Source: Wu et al. 2018 (STBP, arXiv 1706.02609) in the form of snnTorch
+    and SpikingJelly.
     """
 
     def __init__(
@@ -340,7 +343,12 @@ def IF(
     surrogate: Surrogate = Triangle(),
     kernel: Kernel = "auto",
 ) -> LIF:
-    """Integrate-and-fire: a LIF neuron without leak (decay 1)."""
+    """Integrate-and-fire: a LIF neuron without leak (decay 1).
+
+    `threshold` and `subtract` are in units of the current.
+
+    Raises: ValueError in the cases of LIF. Source: that of LIF (arXiv 1706.02609).
+    """
     return LIF(
         1.0,
         threshold=threshold,

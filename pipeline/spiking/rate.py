@@ -140,7 +140,8 @@ def RateIF(
 ) -> RateNeuron:
     """DSR's integrate-and-fire neuron. The defaults are the values published for CIFAR.
 
-    The `threshold_gradient` published for ImageNet is 0.001.
+    `threshold` is in units of the current. The `threshold_gradient` published for ImageNet is
+    0.001.
     """
     return RateNeuron(
         threshold=threshold,
@@ -167,7 +168,8 @@ def RateLIF(
 ) -> RateNeuron:
     """DSR's leaky neuron. The defaults are the values published for CIFAR.
 
-    `tau` and the time step `dt` have the same unit.
+    `tau`, the time constant, and `dt`, the time step, have one unit. `threshold` is in units of the
+    current.
 
     `threshold_gradient=None` means dt^2, as in the published code, whose gradient has the factor dt
     instead of 1 / dt. The spikes have the height threshold / dt. With the exact gradient

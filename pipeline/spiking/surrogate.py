@@ -117,6 +117,8 @@ def SuperSpike(slope: float = 100.0) -> FastSigmoid:
     slope 1.
 
     Raises: ValueError unless `slope` > 0.
+
+    Source: Zenke & Ganguli 2018 (arXiv 1705.11146).
     """
     return FastSigmoid(slope)
 

@@ -31,7 +31,7 @@ class Events(FileData):
         flip: "random" mirrors a whole training recording with probability 1/2; "never" does not.
             Use "never" if a mirrored direction or digit belongs to another class.
         mean, std: of each channel, for the counts of one step; None: the counts are not normalised.
-        held_out: see Beton.
+        held_out: a share of the training recordings, see Beton.
 
     Raises:
         DataError: an option is out of range, contradicts another or has no effect.
