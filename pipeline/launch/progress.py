@@ -36,6 +36,12 @@ _PHASES: dict[type[Event], str] = {  # the phase that begins with an event
     events.FirstBatch: "warm up",
     events.Evaluating: "evaluate",
     events.Evaluation: "save",
+    events.Waiting: "wait",
+    events.Hung: "restart workers",
+    events.Died: "restart workers",
+    events.Failed: "failed",
+    events.Diverged: "diverged",
+    events.Stopped: "stopped",
     events.Finish: "finished",
 }
 

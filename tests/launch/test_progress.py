@@ -253,6 +253,12 @@ def test_the_bar_names_the_phase() -> None:
         {"event": "evaluating", "step": 25},
         {"event": "evaluation", "step": 25, "epoch": 0, "metrics": {"top1": 0.5}},
         step(26),
+        {"event": "waiting", "what": "storage", "most_s": 600.0},
+        step(27),
+        {"event": "died", "worker": 1, "error": "KeyError: 'cable'"},
+        {"event": "failed", "error": "RuntimeError: worker died"},
+        {**START, "attempt": 1, "step": 20},
+        {"event": "stopped", "step": 20, "reason": "asked to stop"},
         {"event": "finish", "step": 100, "wall_s": 1.0, "top1": 0.5},
     ):
         show(view, [] if record is None else [record])
@@ -269,6 +275,12 @@ def test_the_bar_names_the_phase() -> None:
                 "evaluate",
                 "save",
                 "epoch 2 of 4",
+                "wait",
+                "epoch 2 of 4",
+                "restart workers",
+                "failed",
+                "compile readers",
+                "stopped",
                 "finished",
             )
         ),
