@@ -11,12 +11,14 @@ import json
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flask import Flask, Response, request
 from markupsafe import Markup
 
+from pipeline.core.printing import new_console, say
 from pipeline.core.units import first_few
 from pipeline.report.dashboard.guard import guard
 from pipeline.report.dashboard.live import Live
@@ -125,6 +127,7 @@ class _Endpoints:
             view,
             study,
             reports,
+            is_second="second" in request.args,
             title=found.title,
             facts=facts_of(found.fields),
             differs=_differs(found, known, view.beside),
@@ -186,17 +189,30 @@ def _differs(study: StoredStudy, known: Sequence[StoredStudy], beside: str = "")
 
 
 def _render_study(
-    view: ViewState, study: Study, reports: Sequence[SuiteReport], **shown: Any
+    view: ViewState,
+    study: Study,
+    reports: Sequence[SuiteReport],
+    *,
+    is_second: bool = False,
+    **shown: Any,
 ) -> tuple[str, Offers]:
-    """Return the HTML of a study, with its drawings and the tables of its CSV links."""
-    offers = Offers(study.title, lambda key: f"/csv{view.search or '?'}&name={key}")
+    """Return the HTML of a study, with its drawings and the tables of its CSV links.
+
+    Two studies on one page may share groups, suites and titles. Therefore the second one's ids,
+    drawings and labels have a mark, which its CSV links omit.
+    """
+    mark, label = ("beside-", ", beside") if is_second else ("", "")
+    link = f"/csv{view.search or '?'}&name="
+    offers = Offers(study.title, lambda key: link + key.removeprefix(mark))
     sections = [
-        section_of(group, group.key, (view.view,), among=study.groups) for group in study.groups
+        section_of(group, mark + group.key, (view.view,), among=study.groups)
+        for group in study.groups
     ]
+    reports = [replace(report, key=mark + report.key) for report in reports]
+    variables = what_to_show(study, sections, offers, [view.view], reports, label=label)
+    place = f"{mark}{view.study[:8]}-{slug(view.family)}"
     template = environment().get_template("study.html")
-    place = f"{view.study[:8]}-{slug(view.family)}"
-    variables = what_to_show(study, sections, offers, [view.view], reports)
-    return template.render(**variables, **shown, place=place), offers
+    return template.render(**variables, **shown, place=place, mark=mark), offers
 
 
 def _requested_view() -> ViewState:
@@ -266,11 +282,10 @@ def serve(
     url_host = f"[{address}]" if ":" in address else address
     query = "" if token is None else "/?token=TOKEN"
     readers = "everyone with the token" if token is not None else "this machine only"
-    print(
-        f"http://{url_host}:{getattr(server, 'effective_port', port)}{query} shows"
-        f" {without_password(uri)} to {readers}",
-        flush=True,
-    )
+    url = f"http://{url_host}:{getattr(server, 'effective_port', port)}{query}"
+    shown = without_password(uri)
+    say(console := new_console(), f"{url} shows {shown} to {readers}", whole=[url, shown])
+    console.file.flush()
     for number in (signal.SIGINT, signal.SIGTERM):  # a shell makes background jobs ignore SIGINT
         signal.signal(number, signal.default_int_handler)
     server.run()
