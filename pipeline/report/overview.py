@@ -17,7 +17,7 @@ _NONE = "–"  # in the place of a value
 _QUANTITIES = (
     ("Accuracy", "top1"),
     ("Memory", "peak_saved_bytes"),
-    ("Time", COMPUTE),
+    ("Time per batch", COMPUTE),
     ("Energy", ENERGY),
 )
 

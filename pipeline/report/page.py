@@ -252,8 +252,14 @@ def what_to_show(
     offers: Offers,
     views: Sequence[str],
     reports: Sequence[SuiteReport],
+    *,
+    label: str = "",
 ) -> dict[str, Any]:
-    """The variables of the templates that the page and the dashboard share."""
+    """The variables of the templates that the page and the dashboard share.
+
+    Args:
+        label: ends the names of the page's regions, which no other study of the page may have.
+    """
     rules = study.groups[0].page_rules if study.groups else ()
     reported = [(each, [*swept(each.sweeps, rules)]) for each in reports]
     return {
@@ -261,6 +267,7 @@ def what_to_show(
         "sections": sections,
         "offers": offers,
         "views": views,
+        "label": label,
         "titles": VIEWS,
         "reports": reported,
         "missing": [

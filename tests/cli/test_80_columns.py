@@ -119,8 +119,8 @@ def test_no_word_of_the_help_is_broken(
         pytest.param("launch one.py --inline --name run{n}", marks=SLOW),
         pytest.param("report && resume {run}", marks=SLOW),
         pytest.param(
-            "finetune {colour} pictures --size 16 --inline --epochs 1 --batch-size 4 --name tuned{n}"
-            " --data ffcv{n} && predict tuned{n} pictures && verify ffcv{n}",
+            "finetune {colour} pictures --size 16 --inline --epochs 1 --batch-size 4 --name"
+            " tuned{n} --data ffcv{n} && predict tuned{n} pictures && verify ffcv{n}",
             marks=SLOW,
         ),
         pytest.param("check one.py", marks=SLOW),

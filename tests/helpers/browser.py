@@ -55,12 +55,13 @@ def violations(page: Page) -> list[str]:
     ]
 
 
-def below_the_first_screen(page: Page, size: tuple[int, int], parts: str) -> list[str]:
-    """The matching parts, as HTML, that do not lie within a window of this size at its top."""
+def on_the_first_screen(page: Page, size: tuple[int, int], *parts: str) -> bool:
+    """Whether each selector has matches, and all of them lie within a window of this size."""
     page.set_viewport_size({"width": size[0], "height": size[1]})
-    return page.evaluate(
-        "parts => { window.scrollTo(0, 0); return [...document.querySelectorAll(parts)].filter("
-        "each => each.getBoundingClientRect().bottom > window.innerHeight).map(each =>"
-        " each.outerHTML.slice(0, 200)) }",
-        parts,
+    page.evaluate("() => window.scrollTo(0, 0)")
+    bottoms = (
+        "parts => [...document.querySelectorAll(parts)].map(each => {"
+        " const box = each.getBoundingClientRect(); return box.height ? box.bottom : Infinity })"
     )
+    found = [page.evaluate(bottoms, part) for part in parts]
+    return all(each and max(each) <= size[1] for each in found)

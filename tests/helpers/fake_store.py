@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,24 +77,46 @@ class FakeStore:
         return made
 
     def add_finished(
-        self, name: str, rule: str, *, seed: int = 0, workers: int = 1, **about: Any
+        self,
+        name: str,
+        rule: str,
+        *,
+        seed: int = 0,
+        top1: float = 0.9,
+        workers: int = 1,
+        **about: Any,
     ) -> StoredRun:
         """A run that has ended and left its artifacts, as hand_made.py has them."""
         made = self.add(name, rule=rule, seed=str(seed), **about)
-        lines = "".join(
-            json.dumps({**event, "study": made.study} if event["event"] == "start" else event)
-            + "\n"
-            for event in events(rule, seed=seed)
-        )
-        summary = run(rule, seed=seed, study=made.study, world_size=workers).summary
+        summary = run(rule, seed=seed, top1=top1, study=made.study, world_size=workers).summary
         files = {
             "summary.json": summary,
             "activity.json": LAYERS,
             "recipe.json": {"version": 1, "recipe": recipe(rule)},
         }
-        self.texts[made.id, "journal.jsonl"] = lines
-        self.texts |= {(made.id, file): json.dumps(value) for file, value in files.items()}
+        self._write(made, files, events(rule, seed=seed, top1=top1))
         return made
+
+    def add_unfinished(self, name: str, rule: str, *, state: str) -> StoredRun:
+        """A run that is half done, and still `running`, or `diverged`."""
+        status, tags = {
+            "running": ("RUNNING", {}),
+            "diverged": ("FAILED", {"spiketrain.diverged": "true"}),
+        }[state]
+        made = self.add(name, rule=rule, status=status, tags=tags, newest=time.time())
+        files = {"recipe.json": {"version": 1, "recipe": recipe(rule)}}
+        self._write(made, files, events(rule)[:4])
+        return made
+
+    def _write(
+        self, made: StoredRun, files: dict[str, Any], journal: Sequence[dict[str, Any]]
+    ) -> None:
+        lines = [
+            {**event, "study": made.study} if event["event"] == "start" else event
+            for event in journal
+        ]
+        self.texts[made.id, "journal.jsonl"] = "".join(json.dumps(each) + "\n" for each in lines)
+        self.texts |= {(made.id, file): json.dumps(value) for file, value in files.items()}
 
     def add_report(
         self, parent: str, *claims: Claim, sweeps: tuple[Any, ...] = (), printed: str = ""

@@ -25,7 +25,7 @@ from pipeline.report.dashboard.guard import guard
 from pipeline.report.page import VIEWS
 from pipeline.track.journal import read
 from pipeline.track.mlflow import Mirror, sync
-from tests.helpers.browser import Watch, below_the_first_screen, violations
+from tests.helpers.browser import Watch, on_the_first_screen, violations
 from tests.helpers.events import RawJournal, event
 from tests.helpers.fake_store import FakeStore
 from tests.helpers.hand_made import CLAIM, KEY
@@ -172,6 +172,13 @@ def accessible(page: Page) -> None:
     )
 
 
+def first_screen(page: Page) -> None:
+    """What lies within it."""
+    tiles, figure = ".tiles:not(.off)", ".main .panel:not(.off) .drawing"
+    assert on_the_first_screen(page, WIDE, tiles, figure)
+    assert on_the_first_screen(page, PHONE, tiles)
+
+
 def studies(page: Page) -> Locator:
     return page.locator("#list li")
 
@@ -199,8 +206,20 @@ def test_each_view_is_accessible(
 
 def test_the_first_screen_has_the_tiles_and_the_figure(page: Page):
     viewed(page, "costs")
-    assert not below_the_first_screen(page, WIDE, ".tiles:not(.off), .main .drawing")
-    assert not below_the_first_screen(page, PHONE, ".tiles:not(.off)")
+    first_screen(page)
+
+
+@pytest.mark.parametrize("state", ["running", "diverged"])
+def test_the_first_screen_of_an_unfinished_study(browser: Browser, state: str):
+    store = FakeStore()
+    store.add_finished("bptt-0", "BPTT")
+    store.add_unfinished("sltt-0", "SLTT", state=state)
+    with served_here(store) as address, opened(browser, address) as page:
+        drawn(page, 3)
+        page.get_by_role("button", name="SLTT", exact=True).click()
+        expect(page.locator(".tiles:not(.off)")).to_contain_text(state)
+        first_screen(page)
+        accessible(page)
 
 
 def test_a_click_on_a_rule_shows_its_tiles_and_stays(page: Page):
@@ -212,6 +231,31 @@ def test_a_click_on_a_rule_shows_its_tiles_and_stays(page: Page):
     expect(page.locator(".tiles:not(.off)")).to_contain_text("OTTT-A against BPTT")
     page.get_by_role("button", name="SLTT", exact=True).press("Enter")
     expect(page.locator(".tiles:not(.off)")).to_contain_text("SLTT against BPTT")
+
+
+def test_two_studies_of_one_title_and_one_suite_keep_their_own_data(browser: Browser):
+    store = FakeStore()
+    for study, top1 in (("e" * 16, 0.5), (KEY, 0.9)):
+        for rule in ("BPTT", "SLTT"):
+            store.add_finished(f"{study[0]}-{rule}", rule, study=study, top1=top1, parent="suite")
+    store.add_report("suite", CLAIM, sweeps=(LARGEST,))
+    with served_here(store) as address, opened(browser, f"{address}&beside={'e' * 16}") as page:
+        drawn(page, 8)
+        [own, beside] = page.evaluate(_ACCURACIES)
+        assert set(own) == {90.0} and set(beside) == {50.0}
+        ids = page.evaluate("() => [...document.querySelectorAll('[id]')].map(each => each.id)")
+        assert len(ids) == len({*ids})
+        for view in VIEWS:
+            page.get_by_role("button", name=VIEWS[view], exact=True).first.click()
+            accessible(page)
+        with page.expect_download() as download:
+            page.locator("#main .column").nth(1).locator("a[download]").first.click()
+        assert ",0.5," in Path(download.value.path()).read_text()
+
+
+# The accuracies of the points in the large figure of each column
+_ACCURACIES = """() => [...document.querySelectorAll('#main .column')].map(column => column
+    .querySelector('.main .panel:not(.off) .js-plotly-plot').data.flatMap(trace => trace.y))"""
 
 
 def test_two_studies_stand_side_by_side(browser: Browser):
@@ -361,10 +405,12 @@ def test_looks_go_on_after_a_request_was_lost(browser: Browser):
             page.wait_for_timeout(100)
             if lost:
                 break
+        expect(page.get_by_text("The server does not answer")).to_be_visible()
         page.unroute_all()
         assert lost
         store.add_finished("sltt-0", "SLTT")
         expect(page.locator("#list")).to_contain_text("2 finished")
+        expect(page.get_by_text("The server does not answer")).to_be_hidden()
         drawn(page, 4)
 
 

@@ -28,7 +28,7 @@ def going(rule: str, *, state: str = "running", count: int = 4) -> Run:
             [
                 "Accuracy|-0.50|points|90.50%, BPTT 91.00%|95 %: -0.50 to -0.50, 3 seeds|True",
                 "Memory|25 %|of BPTT's|2 MB, BPTT 8 MB|95 %: 25 to 25 %, 3 seeds|True",
-                "Time|75 %|of BPTT's|120 ms, BPTT 160 ms|95 %: 75 to 75 %, 3 seeds|True",
+                "Time per batch|75 %|of BPTT's|120 ms, BPTT 160 ms|95 %: 75 to 75 %, 3 seeds|True",
                 "Energy|75 %|of BPTT's|3 µJ, BPTT 4 µJ|95 %: 75 to 75 %, 3 seeds|True",
             ],
         ),

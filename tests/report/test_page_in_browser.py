@@ -13,7 +13,7 @@ from pipeline.report.page import shown
 from pipeline.report.study import Study
 from pipeline.report.suite import read_study
 from pipeline.spiking.op_scope import OpScope
-from tests.helpers.browser import Watch, below_the_first_screen, violations
+from tests.helpers.browser import Watch, on_the_first_screen, violations
 from tests.helpers.events import RawJournal, event
 from tests.helpers.hand_made import run, study
 from tests.helpers.real_study import train_real_study
@@ -168,8 +168,9 @@ def test_a_change_of_scheme_and_paper_redraw_the_figures(page: Page, watch: Watc
 
 
 def test_the_first_screen_has_the_tiles_and_the_figure(page: Page):
-    assert not below_the_first_screen(page, WIDE, ".tiles:not(.off), .main .drawing")
-    assert not below_the_first_screen(page, PHONE, ".tiles:not(.off)")
+    tiles, figure = ".tiles:not(.off)", ".main .panel:not(.off) .drawing"
+    assert on_the_first_screen(page, WIDE, tiles, figure)
+    assert on_the_first_screen(page, PHONE, tiles)
 
 
 def test_the_figure_says_whose_a_point_is(page: Page):

@@ -124,8 +124,10 @@
     const listed = showList(mine, again);
     if (list === null) await listed.catch(() => {}); // the first look: the list comes before the figures
     const results = await Promise.allSettled([listed, ...columns.map((each) => showStudy(mine, each))]);
-    if (mine !== looks || paused) return;
+    if (mine !== looks) return;
     const isLost = results.some((each) => each.status === "rejected");
+    $("lost").hidden = !isLost;
+    if (paused) return;
     timer = setTimeout(look, isLost ? Math.min(every, 1000) : every, true);
   };
 

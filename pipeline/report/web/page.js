@@ -25,7 +25,9 @@ const Figures = (() => {
     script.src = document.body.dataset.plotly;
     document.head.append(script);
   });
-  const ready = new Promise((start) => requestAnimationFrame(() => setTimeout(start))).then(load); // texts are shown first
+  let loading = null;
+  /** Loads plotly.js for the first figure. Texts are shown before, because the script takes up to a second. */
+  const ready = () => loading ??= new Promise((start) => requestAnimationFrame(() => setTimeout(start))).then(load);
 
   const coloured = (value, style) => {
     if (typeof value === "string") return name.test(value) ? style.getPropertyValue(value) || value : value;
@@ -34,7 +36,7 @@ const Figures = (() => {
     return Object.fromEntries(Object.entries(value).map(([key, each]) => [key, coloured(each, style)]));
   };
   const draw = async (place, { theme = dark.matches ? "dark" : "light", ...size } = {}) => {
-    await ready;
+    await ready();
     const drawing = drawings[place.dataset.figure];
     if (!drawing || !place.isConnected) return;
     const paper = document.documentElement.dataset;
