@@ -1,24 +1,18 @@
-"""The cost of 500 runs for a reader: `spiketrain compare` over the folder of runs,
-`pipeline.results`
-from the folder, an SQLite store and a server, and the dashboard's first paint in Chromium.
+"""The cost of 500 runs for a reader: `compare`, `pipeline.results`, and the dashboard's list.
 
 Command:  python -m benchmarks.store --like runs/fashion-sltt-tiny-20260105-120000
-Result:   2 cores of an AMD EPYC with much other work (load 10 to 12), 500 runs: results from the
-          folder
-          0.43 to 0.73 s, from SQLite 0.27 to 1.09 s, from the server 4.2 s; `compare` adds 0.74 s
-          to the
-          0.62 s of its imports. With nothing else running, before the frame (commit 502ec4e66da2):
-          `compare` added 0.09 s to 0.98 s; the dashboard's list was there after 0.58 to 0.79 s.
+Result:   RESULT
 
 `--like` is the folder of a finished run that stands alone, short for choice. It is copied 500
-times,
-as 10 studies of 5 rules with 10 seeds each (or `--studies 1`: one of 5 rules with 100 seeds), and
-delivered to an SQLite store. Then each journal is lengthened to `--steps` step events, as those of
-long runs are. What `compare` adds is the time of the command less that of a process which imports
-what it imports and prints its help: medians of five pairs. `results` are medians of five calls in
-this process, after imports. The first paint is of a new page each time, from the address to the
-first row of the list. Exits with 1 where `compare` adds more than 2 s, results take more than 1 s
-from the folder or SQLite or 4 s through the server, or the first row takes more than 2 s.
+times, as 10 studies of 5 rules with 10 seeds each (or `--studies 1`: one of 5 rules with 100
+seeds), and delivered to an SQLite store. Then each journal is lengthened to `--steps` step events,
+as those of long runs are. What `compare` adds is the time of the command less that of a process
+which imports what it imports and prints its help: medians of five pairs. `results` are medians of
+five calls in this process, after imports. The list of the dashboard is timed in new pages of
+Chromium, from the request to the first row: a first page, and the median of five more.
+
+Exits with 1 where `compare` adds more than 2 s, results take more than 1 s from the folder or
+SQLite or 4 s through the server, or the list takes more than 1 s.
 """
 
 import argparse
@@ -51,7 +45,7 @@ from tests.helpers.browser import chromium
 RUNS = 500
 RULES = ("BPTT", "SLTT", "SLTT-1", "OTTT-A", "OPZO")
 TIMES = 5
-LIMIT_S = 2.0
+ADDED_S, LIST_S = 2.0, 1.0
 RESULTS_S = {"folder": 1.0, "SQLite": 1.0, "server": 4.0}
 HELP = (
     "import sys; import pandas, pipeline.report.compare, pipeline.report.suite; from"
@@ -158,13 +152,14 @@ def report(runs: Path, uri: str, keys: Sequence[str]) -> bool:
         "results:"
         f" {', '.join(f'{seconds:.2f} s from the {name}' for name, seconds in took.items())}"
     )
-    painted = first_paints(uri)
-    print(f"dashboard: the list after {', '.join(f'{seconds:.2f}' for seconds in painted)} s")
+    first, *later = list_times(uri)
+    listed_s = statistics.median(later)
+    each = ", ".join(f"{seconds:.2f}" for seconds in later)
+    print(f"dashboard: the list after {listed_s:.2f} s ({each}), in the first page {first:.2f} s")
     machine = hardware(device_here())
     print(f"(commit {commit()}, {machine['cpu']}, {machine['cores']} cores)")
-    return max(*limited, *painted) <= LIMIT_S and all(
-        took[name] <= most for name, most in RESULTS_S.items()
-    )
+    is_quick = all(took[name] <= most for name, most in RESULTS_S.items())
+    return is_quick and max(limited) <= ADDED_S and listed_s <= LIST_S
 
 
 @contextmanager
@@ -203,9 +198,9 @@ def _answers(address: str) -> bool:
         return False
 
 
-def first_paints(uri: str) -> list[float]:
-    """Seconds to the first row of the list, each time in a page of its own; the first time the
-    server has read nothing yet.
+def list_times(uri: str) -> list[float]:
+    """Seconds to the first row of the list in each of several pages; before the first one, the
+    server has read nothing.
     """
     command = [sys.executable, "-m", "pipeline", "dashboard", "--store", uri, "--port", "0"]
     with (
@@ -215,12 +210,12 @@ def first_paints(uri: str) -> list[float]:
         assert server.stdout is not None
         address = server.stdout.readline().split()[0]
         try:
-            return [_first_paint(browser, address) for _ in range(TIMES)]
+            return [_list_time(browser, address) for _ in range(1 + TIMES)]
         finally:
             server.terminate()
 
 
-def _first_paint(browser: Browser, address: str) -> float:
+def _list_time(browser: Browser, address: str) -> float:
     with closing(browser.new_page()) as page:
         began = time.perf_counter()
         page.goto(address)

@@ -88,6 +88,7 @@ def both(
         return batches(*folders), dict(found)
 
 
+@pytest.mark.full
 def test_raw_images_and_recordings_have_the_same_bits(
     both: tuple[dict[str, np.ndarray], dict[str, np.ndarray]],
 ) -> None:
@@ -98,6 +99,7 @@ def test_raw_images_and_recordings_have_the_same_bits(
             assert np.array_equal(values, without[name]), name
 
 
+@pytest.mark.full
 def test_jpegs_differ_by_little(
     both: tuple[dict[str, np.ndarray], dict[str, np.ndarray]], photos: Path
 ) -> None:
