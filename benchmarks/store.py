@@ -1,7 +1,10 @@
 """The cost of 500 runs for a reader: `compare`, `pipeline.results`, and the dashboard's list.
 
 Command:  python -m benchmarks.store --like runs/fashion-sltt-tiny-20260105-120000
-Result:   RESULT
+Result:   500 runs in 10 studies, commit 274fb5fb5517, 2 cores of an AMD EPYC beside other programs
+          (load 1.5 to 1.9): the dashboard's list after 0.46 s (0.31 to 2.78), in the first page
+          0.41 s; results 0.36 s from the folder, 0.18 s from SQLite, 4.64 s from the server;
+          `compare` adds 0.77 to 1.02 s to the 0.7 s of its imports.
 
 `--like` is the folder of a finished run that stands alone, short for choice. It is copied 500
 times, as 10 studies of 5 rules with 10 seeds each (or `--studies 1`: one of 5 rules with 100

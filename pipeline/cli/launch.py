@@ -447,7 +447,7 @@ def resume(
     runs: Runs = RUNS,
     trust: Trust = [],  # noqa: B006
 ) -> None:
-    """Continue a run at the exact sample where it stopped, or a suite.
+    """Continue a run or a suite from its newest checkpoint.
 
     A run continues from its newest valid checkpoint. The values of the options from --device to
     --side-by-side are saved with the run. An option that is not given keeps its saved value.
