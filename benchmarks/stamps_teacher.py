@@ -17,11 +17,9 @@ are as uncertain stands beside it.
 import argparse
 from contextlib import closing
 from functools import partial
-from math import log
 from typing import Any
 
 import torch
-from scipy.optimize import root_scalar
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,6 +27,7 @@ from pipeline.core.code_version import commit
 from pipeline.measure.memory import device_here, hardware
 from pipeline.models.teachers.probe import Probe
 from pipeline.models.teachers.timm import TimmTeacher
+from recipes.compare.sei_fashion_temperature import mean_entropy, smoothing_of
 from recipes.stamps.base import CLASSES, SIZE, pictures, teacher
 
 TOGETHER = 52  # divides both parts, so that no tail is left out of training's epoch
@@ -59,7 +58,7 @@ def main() -> None:
             f"l2 {l2:g}: top-1 {top1(val_MK, val_M):.4f}, cross-entropy"
             f" {F.cross_entropy(val_MK, val_M).item():.3f} on {len(val_M)} pictures; in training,"
             f" on {len(train_N)} views, top-1 {top1(train_NK, train_N):.4f}, entropy {entropy:.4f},"
-            f" as of label smoothing {smoothing_of(entropy):.4f}"
+            f" as of label smoothing {smoothing_of(entropy, classes=CLASSES):.4f}"
         )
 
 
@@ -72,22 +71,6 @@ def features(network: TimmTeacher, loader: Any, *, epoch: int = 0) -> tuple[Tens
 
 def top1(logits_NK: Tensor, target_N: Tensor) -> float:
     return (logits_NK.argmax(-1) == target_N).float().mean().item()
-
-
-def mean_entropy(logits_NK: Tensor) -> float:
-    log_p_NK = F.log_softmax(logits_NK.double(), dim=-1)
-    return -(log_p_NK.exp() * log_p_NK).sum(-1).mean().item()
-
-
-def smoothing_of(entropy: float) -> float:
-    """The share e for which (1 - e) on the label and e / K on every class have this entropy."""
-
-    def excess(share: float) -> float:
-        other = share / CLASSES
-        label = 1 - share + other
-        return -label * log(label) - (CLASSES - 1) * other * log(other) - entropy
-
-    return float(root_scalar(excess, bracket=(1e-9, 1 - 1e-9)).root)
 
 
 if __name__ == "__main__":

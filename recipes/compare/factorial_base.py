@@ -155,7 +155,7 @@ def factorial(
     points = table.mean(axis=1)
     quantiles_2K = np.percentile(np.mean(resampled, axis=0), (2.5, 97.5), axis=0)
     by_split = pd.DataFrame.from_dict(sizes, orient="index").rename_axis("split")
-    low, high = points.to_numpy() + _widening(by_split["effective"]) * (
+    low, high = points.to_numpy() + student_widening(by_split["effective"]) * (
         quantiles_2K - points.to_numpy()
     )
     half = stats.t.ppf(0.975, len(values) - 1) * table.sem(axis=1)
@@ -169,10 +169,11 @@ def factorial(
     )
 
 
-def _widening(groups: Any) -> float:
+def student_widening(groups: Any) -> float:
     """The factor on percentiles of resamples of few groups, from the effective groups of each
     split.
     """
+    groups = np.atleast_1d(groups)
     student = stats.t.ppf(0.975, (groups - 1).sum()) / stats.norm.ppf(0.975)
     return float(student / np.sqrt((1 - 1 / groups).mean()))
 

@@ -187,10 +187,11 @@ def link(page: Page, study: str) -> Locator:
     return page.locator(f"#list li[data-study={study}] a")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("size", "scheme", "paper"),
     [
-        pytest.param(WIDE, "light", LIGHT, marks=pytest.mark.full, id="wide"),
+        pytest.param(WIDE, "light", LIGHT, id="wide"),
         pytest.param(PHONE, "dark", DARK, id="phone"),
     ],
 )

@@ -244,6 +244,7 @@ def test_no_table_is_wider_than_paper(browser: Browser, tmp_path: Path):
     assert len(found) > 10 and max(found) <= PAPER
 
 
+@pytest.mark.full
 def test_a_page_that_asks_the_network_is_seen(browser: Browser, tmp_path: Path):
     """Breaks what the tests above rest on: a request, an error, a picture without a text."""
     path = pages.write(study(), tmp_path / "report.html")

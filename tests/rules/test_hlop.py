@@ -130,7 +130,10 @@ def old_task() -> tuple[Tensor, Tensor]:
     return 2 * x_TB @ basis @ basis.T, target_B
 
 
-@pytest.mark.parametrize("inner", [BPTT, SLTT, OTTT, DSR, OPZO])
+@pytest.mark.parametrize(
+    "inner",
+    [BPTT, SLTT, DSR, *(pytest.param(each, marks=pytest.mark.full) for each in (OTTT, OPZO))],
+)
 def test_old_outputs_stay_where_rows_span_the_old_inputs(inner):
     model, rates = wide_network(), (0.1, 0.3, 1.5)
     if inner is DSR:  # fires more, so its inputs are larger

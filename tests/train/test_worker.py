@@ -65,6 +65,7 @@ REPEATED = (
         "ms_resnet34_sei_",
         "nf_resnet101_",
         "sei_stamps",
+        "sei_fashion",
     ),
     "tuned_fashion",
     *(

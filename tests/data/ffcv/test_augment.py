@@ -64,6 +64,7 @@ def pillow_bicubic(pixels, box, size):
     return np.asarray(crop)
 
 
+@pytest.mark.full  # which compiles for 8 s
 def test_bicubic_crops_are_those_of_pillow(raw):
     """Crops that shrink and crops that grow, to the level."""
     folder, pictures = raw

@@ -1,0 +1,100 @@
+"""The temperature of the teacher's answers in sei_fashion.py, on a held-out tenth of the training
+set, and how uncertain these answers are.
+
+Command:  spiketrain write fashion --out data/fashion
+          spiketrain launch recipes/compare/sei_fashion_temperature.py --workers 1 --side-by-side
+          auto
+Source:   ours
+Result:   not trained yet; the design is in docs/LOG.md, "The design of the study of 1-bit weights".
+
+Cells with both ingredients, at the rates of sei_fashion.py. The report also prints the mean entropy
+of the teacher's answers to one epoch of training views, and the label smoothing whose targets are
+as uncertain: 1 - e on the label and e / K on each of K classes.
+"""
+
+import statistics
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import replace
+from itertools import product
+from math import log
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from scipy.optimize import root_scalar
+from torch.nn import functional as F
+
+from pipeline import load
+from pipeline.core.printing import number, print_table, prose, say
+from pipeline.recipe import Recipe, Suite
+from pipeline.spiking.encode import to_time_first
+from pipeline.track.run_state import top1_of
+from recipes.compare.sei_fashion import BOTH, FACTORS, TEACHER, teacher, trained
+
+TEMPERATURES, SEEDS, EPOCHS = (1.0, 4.0), (100, 101), 8
+
+
+def recipe() -> Suite:
+    trials = product(FACTORS["weights"], TEMPERATURES, SEEDS)
+    return Suite((teacher(), *(_trial(*trial) for trial in trials)), report=report)
+
+
+def _trial(weights: str, temperature: float, seed: int) -> Recipe:
+    made = trained((weights, *BOTH), epochs=EPOCHS)
+    return replace(
+        made,
+        name=_name(weights, temperature, seed),
+        data=made.data.with_(held_out=0.1),
+        objective=made.objective.with_(temperature=temperature),
+        seed=seed,
+    )
+
+
+def _name(weights: str, temperature: float, seed: int) -> str:
+    return f"sei-fashion-temperature-{weights}-{temperature:g}-{seed}"
+
+
+def report(runs: Mapping[str, Path], console: Console) -> None:
+    rows = []
+    for weights, temperature in product(FACTORS["weights"], TEMPERATURES):
+        top1 = [top1_of(runs[_name(weights, temperature, seed)]) or 0.0 for seed in SEEDS]
+        means = (f"{each:.2%}" for each in (*top1, statistics.fmean(top1)))
+        rows.append((weights, f"{temperature:g}", *means))
+    columns = (prose("weights"), number("temperature"), *(number(f"seed {s}") for s in SEEDS))
+    print_table(console, (*columns, number("mean")), rows)
+    logits_NK = _answers(runs[TEACHER])
+    say(console, f"The teacher alone, on the held-out tenth: {top1_of(runs[TEACHER]):.2%}.")
+    for temperature in TEMPERATURES:
+        entropy = mean_entropy(logits_NK / temperature)
+        say(
+            console,
+            f"At temperature {temperature:g} its answers in training have {entropy:.4f} nats, as"
+            f" label smoothing of {smoothing_of(entropy, classes=10):.4f}.",
+        )
+
+
+@torch.no_grad()
+def _answers(run: Path) -> torch.Tensor:
+    """The teacher's logits for an epoch of the views that the students train on."""
+    network, data = load(run), trained(("real", *BOTH)).data.build()
+    loader: Any = data.train(seed=SEEDS[0], batch_size=100, micro_batch=100)
+    with closing(loader), loader.epoch(0) as batches:
+        return torch.cat([network(to_time_first(batch.x, 1)).mean(0) for batch in batches])
+
+
+def mean_entropy(logits_NK: torch.Tensor) -> float:
+    log_p_NK = F.log_softmax(logits_NK.double(), dim=-1)
+    return -(log_p_NK.exp() * log_p_NK).sum(-1).mean().item()
+
+
+def smoothing_of(entropy: float, *, classes: int) -> float:
+    """The share e for which (1 - e) on the label and e / K on every class have this entropy."""
+
+    def excess(share: float) -> float:
+        other = share / classes
+        label = 1 - share + other
+        return -label * log(label) - (classes - 1) * other * log(other) - entropy
+
+    return float(root_scalar(excess, bracket=(1e-9, 1 - 1e-9)).root)
