@@ -80,7 +80,7 @@ def blocks(page: str) -> list[Block]:
 
 
 RUN_IN = [page for page in PAGES if any(block.is_run for block in blocks(page))]
-QUICK = ("index.md", "models.md", "recipes.md", "tutorials/own_pictures.md")
+QUICK = ("index.md", "models.md")
 
 
 def test_of_seven_blocks_six_run() -> None:

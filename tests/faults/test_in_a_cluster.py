@@ -127,7 +127,7 @@ from tests.helpers.small import small_recipe
 from faulty_lab import Faulty, FaultyData
 
 def recipe():
-    made = small_recipe(backend="deepspeed", epochs=6)
+    made = small_recipe(backend="{backend}", epochs=6)
     often = {{"checkpoints.every": 5, "policy.replicas_every": 5, "evaluation.every": 6}}
     made = made.override(often)
     return replace(made, {change})
@@ -207,9 +207,12 @@ def doors(driver: psutil.Process) -> list[tuple[str, str]]:
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=["plain", pytest.param("deepspeed", marks=pytest.mark.full)])
 def runs(
-    tmp_path_factory: pytest.TempPathFactory, faults: dict[str, tuple[int, int]], empty_store: Path
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    faults: dict[str, tuple[int, int]],
+    empty_store: Path,
 ) -> Iterator[tuple[Path, Path]]:
     """The run that met them, and one of two plain processes that was told to skip what it
     skipped.
@@ -223,7 +226,7 @@ def runs(
         ("hit.py", "rule=spec(Faulty), data=spec(FaultyData, **made.data.kwargs)"),
         ("told.py", f"rule=spec(SLTT), policy=Policy(skip=(({step}, {step + 1}),))"),
     ):
-        (folder / name).write_text(RECIPE.format(change=change))
+        (folder / name).write_text(RECIPE.format(backend=request.param, change=change))
     store = shutil.copy(empty_store, folder / "mlflow.db")
     # Of a short name: sockets lie in it.
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray") as logs:

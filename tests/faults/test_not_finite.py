@@ -108,7 +108,7 @@ def test_one_is_skipped_and_several_lead_back_to_the_checkpoint_and_around_them(
     assert_as_told(run, to if "rule" in changes else first, last + 1, **changes)
 
 
-@pytest.mark.parametrize("max_skips", [1, 0])
+@pytest.mark.parametrize("max_skips", [1, pytest.param(0, marks=pytest.mark.full)])
 def test_a_loss_that_leaps_is_passed_over_or_gone_back_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_skips: int
 ) -> None:

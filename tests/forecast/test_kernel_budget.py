@@ -28,7 +28,9 @@ TOLERANCE = 0.02
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.full] if name.startswith("qkformer") else [])
+        pytest.param(
+            name, marks=[pytest.mark.full] if name.startswith("qkformer") or "OTTT" in name else []
+        )
         for name in BUDGET
     ],
 )

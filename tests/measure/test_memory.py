@@ -394,6 +394,7 @@ print(json.dumps({rule: [many - few for few, many in zip(*each)] for rule, each 
 """
 
 
+@pytest.mark.full
 def test_resident_memory_grows_with_time_steps_as_saved_bytes_do() -> None:
     # glibc gives back what was freed, rather than keep it for the next
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(1 << 20)}

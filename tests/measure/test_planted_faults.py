@@ -44,7 +44,9 @@ def test_a_few_neurons_are_seen_to_carry_their_membrane(lif: LIF) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", SOUND)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.full] if n == "QKFormer" else []) for n in SOUND]
+)
 def test_a_sound_network_has_no_fault(name: str, seed: int) -> None:
     torch.manual_seed(seed)
     build, draw = SOUND[name]

@@ -63,17 +63,15 @@ def awake(network: nn.Module) -> nn.Module:
     return network.eval()
 
 
-@pytest.mark.parametrize(
-    "names", [("convnet",), pytest.param(tuple(NETWORKS), marks=pytest.mark.full)]
-)
-def test_the_same_logits_in_another_process(names: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.full
+def test_the_same_logits_in_another_process(tmp_path: Path) -> None:
     x_TB = 2 * torch.rand(STEPS, SAMPLES, *SHAPE, generator=torch.Generator().manual_seed(0))
     torch.save(x_TB, tmp_path / "x.pt")
-    for name in names:
+    for name in NETWORKS:
         network = awake(NETWORKS[name])
         torch.export.save(to_program(network, SHAPE, steps=STEPS), tmp_path / f"{name}.pt2")
         torch.export.save(to_program(network, SHAPE), tmp_path / f"{name}-step.pt2")
-    words = [sys.executable, "-P", "-c", ELSEWHERE, *names]
+    words = [sys.executable, "-P", "-c", ELSEWHERE, *NETWORKS]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name, both in torch.load(tmp_path / "logits.pt").items():

@@ -1,6 +1,7 @@
 """The study of 1-bit weights on Fashion-MNIST: its cells, its files of answers, its intervals."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,8 @@ def test_answers_are_written_for_complete_seeds_and_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sei_fashion, "ANSWERS", tmp_path / "answers")
+    few = partial(contrasts_of, resamples=50)
+    monkeypatch.setattr(sei_fashion, "contrasts_of", few)
     rng, runs, right = np.random.default_rng(0), {}, {}
     for seed in (8, 9):
         for cell in CELLS_OF[seed]:

@@ -194,6 +194,7 @@ def test_one_channel_is_luma(raw):
         assert np.array_equal(x[0], grey / np.float32(255))
 
 
+@pytest.mark.full
 def test_evaluation_has_no_strong_augmentation(raw):
     folder, _ = raw
     strong = {"colour": 9.0, "erase": 1.0, "cutout": 9}

@@ -41,7 +41,13 @@ WITH_LEVELS = {
 }
 
 
-@pytest.mark.parametrize("name", WITH_LEVELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(each, marks=[pytest.mark.full] if each in ("colour", "resized") else [])
+        for each in WITH_LEVELS
+    ],
+)
 def test_levels_looked_up_are_the_floats_of_the_reader(
     name: str, photos: Path, fashion: Path
 ) -> None:
