@@ -111,6 +111,7 @@ def test_a_lost_terminal_saves_and_stops(
     assert_stopped(run, signal.SIGHUP)
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_the_second_is_refused_in_one_line_and_the_first_goes_on(

@@ -235,6 +235,7 @@ def printed(verb: str, said: str) -> str:
     return found[-1]
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 @pytest.mark.timeout(300)
 def test_every_command_that_is_printed_works_with_a_strangers_package(

@@ -255,6 +255,7 @@ def _four_batches(
     return clock.take()
 
 
+@pytest.mark.full
 @pytest.mark.distributed
 def test_what_ranks_say_to_one_another_is_communication_alone(tmp_path: Path) -> None:
     """Under the plain backend and at every ZeRO stage."""
