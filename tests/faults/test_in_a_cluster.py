@@ -127,7 +127,7 @@ from tests.helpers.small import small_recipe
 from faulty_lab import Faulty, FaultyData
 
 def recipe():
-    made = small_recipe(backend="{backend}", epochs=6)
+    made = small_recipe(backend="deepspeed", epochs=6)
     often = {{"checkpoints.every": 5, "policy.replicas_every": 5, "evaluation.every": 6}}
     made = made.override(often)
     return replace(made, {change})
@@ -222,12 +222,12 @@ def runs(
     hit, told = folder / "runs" / "hit", folder / "runs" / "told"
     saved = {name: step_name(newest(step)) for name, (_, step) in faults.items()}
     (folder / "faulty_lab.py").write_text(LAB.format(faults=faults, saved=saved))
-    step, backend = faults["not finite"][1], "deepspeed" if len(faults) == len(ALL) else "plain"
+    step = faults["not finite"][1]
     for name, change in (
         ("hit.py", "rule=spec(Faulty), data=spec(FaultyData, **made.data.kwargs)"),
         ("told.py", f"rule=spec(SLTT), policy=Policy(skip=(({step}, {step + 1}),))"),
     ):
-        (folder / name).write_text(RECIPE.format(backend=backend, change=change))
+        (folder / name).write_text(RECIPE.format(change=change))
     store = shutil.copy(empty_store, folder / "mlflow.db")
     # Of a short name: sockets lie in it.
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="ray") as logs:
