@@ -17,6 +17,7 @@ from pipeline.core import errors
 from pipeline.core.run_folder import RunFolder
 from pipeline.track.events import NO_ATTEMPT, Died, Diverged, Failed, Hung
 from pipeline.track.journal import Journal, NullTracker, Tracker, read_events
+from pipeline.track.run_state import is_driven
 from pipeline.train.backend.collectives import Ranks
 from pipeline.train.guards.storage_outage import may_be_temporary
 from pipeline.train.guards.watchdog import unreported_hangs
@@ -51,6 +52,9 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
     The driver also uses it, after all workers have ended. The first events are the hangs since the
     last attempt, then the last noted death of a worker that did not hang. Any other `Exception`
     that ends the attempt, except `StartAgain`, is written as the last event.
+
+    If the driver has died, the attempt ends for that reason, whatever this rank meets while the
+    other workers are being killed. Then nothing is written, and the run counts as interrupted.
     """
     if ranks.rank != 0:
         yield NullTracker()
@@ -70,6 +74,8 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
         except StartAgain:
             raise  # the fault is already in the journal
         except Exception as error:
+            if RunFolder(folder).driver_lock.exists() and not is_driven(folder):
+                raise
             kind = Diverged if isinstance(error, errors.Diverged) else Failed
             end = kind(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
             try:

@@ -81,6 +81,19 @@ def test_an_attempt_that_fails_says_so_with_its_traceback(tmp_path: Path) -> Non
         assert "print(1 // 0)" in failed["traceback"]
 
 
+def test_what_a_worker_meets_after_its_drivers_death_is_no_failure_of_the_run(
+    tmp_path: Path,
+) -> None:
+    with (tmp_path / "driver.lock").open("a") as driver:
+        fcntl.flock(driver, fcntl.LOCK_EX)
+        with pytest.raises(RuntimeError), journal(tmp_path, Ranks()):
+            raise RuntimeError("the driver lives")
+    with pytest.raises(RuntimeError), journal(tmp_path, Ranks()):
+        raise RuntimeError("Connection closed by peer")
+    [failed] = read(tmp_path / "journal.jsonl")
+    assert failed["error"] == "RuntimeError: the driver lives"
+
+
 def test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
