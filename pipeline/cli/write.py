@@ -151,11 +151,11 @@ def write_folder(
 @write.command("events", epilog=example("spiketrain write events moving --out data/moving"))
 def write_events(
     name: Annotated[
-        Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"],
+        Literal["moving", "flashes", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"],
         typer.Argument(
             metavar="SET",
             show_choices=False,
-            help="moving, saccades, nmnist, cifar10dvs, gesture or ncaltech101",
+            help="moving, flashes, saccades, nmnist, cifar10dvs, gesture or ncaltech101",
         ),
     ],
     out: Out,
@@ -179,11 +179,18 @@ def write_events(
     val_samples: Annotated[
         int | None, typer.Option("--val-samples", min=1, help="generated evaluation recordings")
     ] = None,
+    gap: Annotated[
+        int | None,
+        typer.Option(
+            "--gap", min=1, help="flashes: slices from the first to the second; default: 4"
+        ),
+    ] = None,
     workers: Writers = 1,
     existing: OnExisting = "refuse",
     max_unreadable: MaxUnreadable = 0.0,
 ) -> None:
-    """Recordings of event cameras: moving shapes, saccades over Fashion-MNIST, or a published set.
+    """Recordings of event cameras: moving shapes, flashes, saccades over Fashion-MNIST, or a
+    published set.
 
     tonic downloads the published sets: nmnist, cifar10dvs, gesture, ncaltech101.
     """
@@ -196,6 +203,7 @@ def write_events(
         "resize": resize,
         "samples": samples,
         "val_samples": val_samples,
+        "gap": gap,
     }
     with progress_bar(name) as bar:
         written = write_files(

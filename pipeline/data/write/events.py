@@ -1,5 +1,7 @@
 """Writes generated or published recordings of event cameras as train.beton and val.beton."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -7,14 +9,22 @@ import numpy as np
 
 from pipeline.core.errors import DataError, require_data
 from pipeline.data.ffcv.manifest import Manifest
-from pipeline.data.write.generated_events import CLASSES, MovingShape, Saccades
+from pipeline.data.write.generated_events import (
+    CLASSES,
+    FLASH_CLASSES,
+    Flashes,
+    MovingShape,
+    Saccades,
+)
 from pipeline.data.write.images import fashion_sets
 from pipeline.data.write.published_events import PUBLISHED, published_sets
 from pipeline.data.write.recordings import Framing
 from pipeline.data.write.writer import Existing, Progress, Source, write_sets
 
-EventSet = Literal["moving", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"]
-DEFAULT_SLICES = {"moving": 10, "saccades": 6}  # of the generated sets
+EventSet = Literal[
+    "moving", "flashes", "saccades", "nmnist", "cifar10dvs", "gesture", "ncaltech101"
+]
+DEFAULT_SLICES = {"moving": 10, "flashes": 16, "saccades": 6}  # of the generated sets
 
 
 def write_events(
@@ -26,6 +36,7 @@ def write_events(
     size: int | None = None,
     samples: int | None = None,
     val_samples: int | None = None,
+    gap: int | None = None,
     content_seed: int | None = None,
     workers: int = 1,
     max_unreadable: float = 0.0,
@@ -39,11 +50,12 @@ def write_events(
         source: A published set needs the folder that tonic downloads to (published_events.py).
             Saccades take the folder of Fashion-MNIST's files. For saccades, None and "fashion"
             mean Debian's package, or torchvision's download if the package is not installed.
-            "moving" takes no source.
-        slices: default 10 (moving) or 6 (saccades); a published set has no default.
+            "moving" and "flashes" take no source.
+        slices: default 10 (moving), 16 (flashes) or 6 (saccades); a published set has no default.
         size: pixels a side; default 34 for a generated set, else the longer side of the sensor.
-        samples, val_samples: the numbers of generated recordings; default 6000 and 1600 (moving),
-            or one per image (saccades).
+        samples, val_samples: the numbers of generated recordings; default 6000 and 1600 (moving,
+            flashes), or one per image (saccades).
+        gap: slices from the first flash to the second; default 4 (flashes alone).
         content_seed: selects the generated recordings; default 0.
         framing: `frames_by`, `resize`, `counts` and `overflow` of recordings.Framing.
         max_unreadable, existing: as in `write_sets`.
@@ -54,6 +66,8 @@ def write_events(
         LoaderError: as `write_sets`.
     """
     options = {"samples": samples, "val_samples": val_samples, "content_seed": content_seed}
+    if name != "flashes":
+        _refuse(name, "has no flashes", gap=gap)
     if name in PUBLISHED:
         _refuse(name, "has its own recordings", **options)
         if source is None or slices is None:
@@ -78,11 +92,14 @@ def write_events(
         )
         slices = DEFAULT_SLICES[name] if slices is None else slices
         size = 34 if size is None else size
-        sets = (
-            _moving_sets(source, size, **numbers)
-            if name == "moving"
-            else _saccade_sets(source, size, **numbers)
-        )
+        if name == "saccades":
+            sets = _saccade_sets(source, size, **numbers)
+        else:
+            _refuse(name, "is generated", source=source)
+            make = partial(MovingShape, size=size)
+            if name == "flashes":
+                make = partial(Flashes, size=size, slices=slices, gap=4 if gap is None else gap)
+            sets = _shape_sets(name, make, **numbers)
     return write_sets(
         sets,
         Path(out),
@@ -94,21 +111,22 @@ def write_events(
     )
 
 
-def _moving_sets(
-    source: str | Path | None,
-    size: int,
+def _shape_sets(
+    name: str,
+    make: Callable[..., MovingShape | Flashes],
     *,
     samples: int = 6000,
     val_samples: int = 1600,
     content_seed: int = 0,
 ) -> list[Source]:
-    _refuse("moving", "is generated", source=source)
-    origin = f"moving shapes, content seed {content_seed}"
+    """`make`: a recording from its number and part."""
+    classes, what = (FLASH_CLASSES, name) if name == "flashes" else (CLASSES, "moving shapes")
+    origin = f"{what}, content seed {content_seed}"
     train, val = (
-        [MovingShape(number, part, size, content_seed) for number in range(count)]
+        [make(number, part, content_seed=content_seed) for number in range(count)]
         for part, count in enumerate((samples, val_samples))
     )
-    return [Source("train", CLASSES, train, origin), Source("val", CLASSES, val, origin)]
+    return [Source("train", classes, train, origin), Source("val", classes, val, origin)]
 
 
 def _saccade_sets(

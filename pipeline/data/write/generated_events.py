@@ -1,4 +1,4 @@
-"""Generated recordings of a simulated event camera: moving shapes, and saccades over still images.
+"""Generated recordings of an event camera: moving shapes, pairs of flashes, saccades over images.
 
 **Moving shapes** has 16 classes: four shapes (disc, square, triangle, cross), each in four
 directions. A network without memory can tell the shapes apart, but not a direction from its
@@ -27,6 +27,13 @@ camera's hysteresis would show the direction, because it depends on which polari
 camera that is switched on too late would show it by the missing first events. This camera is on
 before the shape arrives.
 
+**Flashes** asks for credit over a chosen time. A shape flashes twice, in slices t and t + gap, once
+in the left half of the sensor and once in the right half, with noise in all slices. The 8 classes
+are four shapes, each with either half first. t is random. Recordings 2 m and 2 m + 1 are the exact
+reversal of one another: their slices are the same, in the opposite order. So any reader that maps
+slices one by one and sums, or windows of up to `gap` slices, gives both the same answer, of which
+at most one is right.
+
 **Saccades** turns real images into input for event networks. Sums over time suffice to distinguish
 its classes. The image is in the middle of the sensor. The gaze follows a triangle, and each side
 takes 100 ms, as for N-MNIST.
@@ -41,7 +48,7 @@ differ from theirs.
 # h w of an image
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -59,8 +66,8 @@ INSTANTS, STEP_US = 93, 1000  # a recording takes 92 ms
 MIN_SIZE = 16  # pixels a side of the smallest sensor with room for the shapes
 
 # The numbers of the draws, see random.py. Moving shapes use 256 to 262, and 512 to 1311 for the
-# noise. Saccades use 768, and 1024 to 1423 for the noise. The two kinds may share numbers, because
-# no data set has both.
+# noise. Flashes use 1536 to 1543, and 2048 upwards for the noise. Saccades use 768, and 1024 to
+# 1423 for the noise. The kinds may share numbers, because no data set has several.
 _RADIUS, _ACROSS, _START, _SPEED, _THRESHOLD, _COIN, _NOISE_COUNT = range(256, 263)
 _NOISE = 512
 
@@ -183,6 +190,81 @@ def signed_distance(
     return np.minimum(vertical, horizontal)
 
 
+# ----------------------------------------------------------------------------------------- flashes
+
+
+FLASH_CLASSES = [f"{shape}, {half} first" for shape in SHAPES for half in ("left", "right")]
+FLASH_SLICE_US = 10_000
+
+_FLASH_SLICE, _FLASH_RADIUS, _FLASH_COIN, _FLASH_NOISE_COUNT = range(1536, 1540)
+_FLASH_ROW, _FLASH_COLUMN = 1540, 1542  # and one more each, for the second flash
+_FLASH_NOISE = 2048
+
+
+@dataclass(frozen=True)
+class Flashes:
+    """Recording `number` of a `part` (0 train, 1 val): flashes in slices t and t + `gap` of
+    `slices`. Its class is `number % 8`.
+    """
+
+    number: int
+    part: int
+    size: int = 34
+    slices: int = 16
+    gap: int = 4
+    content_seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_data(
+            self.size >= MIN_SIZE,
+            f"flashes: size must be {MIN_SIZE} or more pixels; got {self.size}",
+        )
+        require_data(
+            0 < self.gap < self.slices,
+            "flashes: gap must be in 1..slices - 1, as both flashes have a slice; got"
+            f" gap={self.gap}, slices={self.slices}",
+        )
+
+    @property
+    def label(self) -> int:
+        return self.number % len(FLASH_CLASSES)
+
+    def events(self) -> Stream:
+        stream = replace(self, number=self.number - self.number % 2)._left_first()
+        return reversal(stream) if self.number % 2 else stream
+
+    def _left_first(self) -> Stream:
+        """The noisy recording with the flash on the left first; `number` is even."""
+        scale, half = self.size / 34, self.size / 2
+        radius = scale * (3 + _draw(self, _FLASH_RADIUS, 64) / 42)  # 3 to 4.5 pixels on 34
+        pixels = np.arange(self.size, dtype=np.float64)
+        first = int(_draw(self, _FLASH_SLICE, self.slices - self.gap))
+        parts = []
+        for flash, slice_ in enumerate((first, first + self.gap)):
+            # The shape lies within its half: the widest reaches 1.1 radius from its centre.
+            margin = 1.1 * radius + 1
+            row, column = (
+                margin + (length - 2 * margin) * _draw(self, draw + flash, 1 << 16) / (1 << 16)
+                for draw, length in ((_FLASH_ROW, self.size), (_FLASH_COLUMN, half))
+            )
+            down_H1, right_1W = pixels[:, None] - row, pixels - (column + flash * half)
+            shape = SHAPES[self.label // 2]
+            y_N, x_N = np.nonzero(signed_distance(shape, down_H1, right_1W, radius) < 0)
+            order_N = np.arange(len(y_N))
+            t_N = slice_ * FLASH_SLICE_US + (2 * order_N + 1) * FLASH_SLICE_US // (2 * len(y_N))
+            parts.append((t_N, y_N, x_N, np.full_like(y_N, _draw(self, _FLASH_COIN, 2))))
+        stream = sorted_stream(
+            *(np.concatenate(columns) for columns in zip(*parts, strict=True)),
+            sensor=(self.size, self.size),
+            span=(0, self.slices * FLASH_SLICE_US),
+        )
+        count = self.slices * (20 + _draw(self, _FLASH_NOISE_COUNT, 21))
+        return add_noise(stream, self, int(count), first_draw=_FLASH_NOISE)
+
+    def __str__(self) -> str:
+        return f"flashes recording {self.number}"
+
+
 # ---------------------------------------------------------------------------------------- saccades
 
 
@@ -294,7 +376,7 @@ def film_to_events(film_MHW: NDArray[np.float64], *, threshold: float, step_us: 
 
 
 def add_noise(
-    stream: Stream, recording: MovingShape | Saccades, count: int, *, first_draw: int
+    stream: Stream, recording: MovingShape | Flashes | Saccades, count: int, *, first_draw: int
 ) -> Stream:
     """Add `count` noise events to a recording, with uniform random times, places and polarities."""
     begin, end = stream.span
@@ -309,6 +391,6 @@ def add_noise(
     )
 
 
-def _draw(recording: MovingShape | Saccades, draw: Any, n: int) -> Any:
+def _draw(recording: MovingShape | Flashes | Saccades, draw: Any, n: int) -> Any:
     """A whole number in 0..n-1 for the number of a draw, or for each in an array of them."""
     return below(bits(recording.content_seed, recording.part, recording.number, draw), n)
