@@ -219,8 +219,8 @@ def test_saccades_over_fashion(small_fashion: Path, tmp_path: Path) -> None:
         (
             {"name": "dvs"},
             (
-                "the set must be one of moving, flashes, saccades, nmnist, cifar10dvs, gesture, ncaltech101;"
-                " got 'dvs'"
+                "the set must be one of moving, flashes, saccades, nmnist, cifar10dvs, gesture,"
+                " ncaltech101; got 'dvs'"
             ),
         ),
         (
