@@ -22,9 +22,7 @@ app = Commands(
         "Train spiking neural networks with the learning rule of a recipe, and compare the"
         " rule's cost with BPTT."
     ),
-    epilog=example(
-        "spiketrain new mine", "spiketrain launch recipes/compare/fashion_demo.py --workers 2"
-    ),
+    epilog=example("spiketrain new mine", "spiketrain launch compare/fashion_demo --workers 2"),
 )
 for group in (new, launch, report, write, network, forecast, track):
     app.add_typer(group.commands)

@@ -63,9 +63,7 @@ AtLargest = Annotated[
 commands = Commands()
 
 
-@commands.command(
-    rich_help_panel=TRAIN, epilog=example("spiketrain show recipes/fashion/sltt.py --workers 2")
-)
+@commands.command(rich_help_panel=TRAIN, epilog=example("spiketrain show fashion/sltt --workers 2"))
 def show(
     recipe: RecipeFile,
     workers: Workers = 1,
@@ -83,9 +81,7 @@ def show(
     show_recipe(workload, workers, counts_steps=True)
 
 
-@commands.command(
-    rich_help_panel=COMPARE, epilog=example("spiketrain probe recipes/fashion/sltt.py")
-)
+@commands.command(rich_help_panel=COMPARE, epilog=example("spiketrain probe fashion/sltt"))
 def probe(
     recipe: RecipeFile,
     batch: Annotated[
@@ -118,7 +114,7 @@ def probe(
 
 @commands.command(
     rich_help_panel=COMPARE,
-    epilog=example("spiketrain sweep recipes/fashion/sltt.py --steps 1,2,4,8,16 --batch auto"),
+    epilog=example("spiketrain sweep fashion/sltt --steps 1,2,4,8,16 --batch auto"),
 )
 def sweep(
     recipe: RecipeFile,

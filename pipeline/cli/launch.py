@@ -182,7 +182,7 @@ commands = Commands()
 # `_make_cluster` and `submit_to_cluster` read most options from `context.params`.
 @commands.command(
     rich_help_panel=TRAIN,
-    epilog=example("spiketrain launch recipes/fashion/sltt.py --workers 2 --set optimizer.lr=0.05"),
+    epilog=example("spiketrain launch fashion/sltt --workers 2 --set optimizer.lr=0.05"),
 )
 def launch(
     context: typer.Context,

@@ -202,7 +202,7 @@ def export(
 @commands.command(
     rich_help_panel=MODELS,
     epilog=example(
-        "spiketrain check recipes/fashion/sltt.py",
+        "spiketrain check fashion/sltt",
         "spiketrain check mysnn.nets:small --input 4,8,2,32,32",
     ),
 )

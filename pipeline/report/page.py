@@ -253,11 +253,13 @@ def what_to_show(
     views: Sequence[str],
     reports: Sequence[SuiteReport],
     *,
+    mark: str = "",
     label: str = "",
 ) -> dict[str, Any]:
     """The variables of the templates that the page and the dashboard share.
 
     Args:
+        mark: begins the ids that no other study of the page may have.
         label: ends the names of the page's regions, which no other study of the page may have.
     """
     rules = study.groups[0].page_rules if study.groups else ()
@@ -267,6 +269,7 @@ def what_to_show(
         "sections": sections,
         "offers": offers,
         "views": views,
+        "mark": mark,
         "label": label,
         "titles": VIEWS,
         "reports": reported,

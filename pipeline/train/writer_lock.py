@@ -54,7 +54,8 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
     that ends the attempt, except `StartAgain`, is written as the last event.
 
     If the driver has died, the attempt ends for that reason, whatever this rank meets while the
-    other workers are being killed. Then nothing is written, and the run counts as interrupted.
+    other workers are being killed. Then nothing is written, and the run counts as interrupted. A
+    divergence and a refusal are written all the same.
     """
     if ranks.rank != 0:
         yield NullTracker()
@@ -74,7 +75,7 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
         except StartAgain:
             raise  # the fault is already in the journal
         except Exception as error:
-            if RunFolder(folder).driver_lock.exists() and not is_driven(folder):
+            if not isinstance(error, errors.UserError) and _has_lost_its_driver(folder):
                 raise
             kind = Diverged if isinstance(error, errors.Diverged) else Failed
             end = kind(error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
@@ -83,6 +84,13 @@ def journal(folder: Path, ranks: Ranks) -> Iterator[Tracker]:
             except OSError as journal_error:  # such as a full disk, which may also be `error`
                 error.add_note(f"this error could not be journaled: {journal_error}")
             raise
+
+
+def _has_lost_its_driver(folder: Path) -> bool:
+    try:
+        return RunFolder(folder).driver_lock.exists() and not is_driven(folder)
+    except OSError:  # the storage does not answer, so nothing is known of the driver
+        return False
 
 
 def _lock(folder: Path, stack: ExitStack) -> None:

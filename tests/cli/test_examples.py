@@ -42,8 +42,8 @@ EXAMPLES = [
 ]
 # by how an example begins, what its command calls once it has refused what it refuses by itself
 WORK = {
-    "launch recipes/compare/": "pipeline.launch.suite.launch_suite",
-    "launch recipes/fashion/": "pipeline.launch.driver.launch_run",
+    "launch compare/": "pipeline.launch.suite.launch_suite",
+    "launch fashion/": "pipeline.launch.driver.launch_run",
     "evaluate recipes/": "pipeline.launch.evaluate.evaluate_recipe",
     "probe": "pipeline.forecast.probe.probe",
     "sweep": "pipeline.forecast.sweep.sweep",
@@ -102,8 +102,8 @@ def test_runs_of_a_suite_train_side_by_side_where_there_is_room(
         assert cluster.side_by_side == at_a_time
         raise AtWork
 
-    monkeypatch.setattr(WORK["launch recipes/compare/"], launched)
-    [example] = [each for _, each in EXAMPLES if each.startswith("launch recipes/fashion/")]
+    monkeypatch.setattr(WORK["launch compare/"], launched)
+    [example] = [each for _, each in EXAMPLES if each.startswith("launch fashion/")]
     with pytest.raises(AtWork):
         spiketrain(*shlex.split(example)[:2], *words.split(), "--seeds", "2")
 

@@ -39,8 +39,7 @@ def test_a_launch_trains_the_seeds_that_have_no_answers(
     binary = ["binarized" in str(each.model.target) for each in cells]
     assert binary == [False, False, True, True]
     (tmp_path / "seed-9.json").touch()
-    with pytest.raises(ValueError, match="nothing to train"):
-        recipe()
+    assert len(recipe().recipes) == 76
 
 
 def test_answers_are_written_for_complete_seeds_and_read_again(
@@ -58,7 +57,7 @@ def test_answers_are_written_for_complete_seeds_and_read_again(
             top = np.where(rng.random(10_000) < 0.9, target, 10)[:, None]
             arrays = {"index": np.arange(10_000), "target": target, "top": top}
             np.savez(run / "answers.npz", **arrays, probability=np.ones((10_000, 1)))
-            summary = {"commit": "abc", "hardware": {"cpu": "a cpu"}}
+            summary = {"epochs": 14, "commit": "abc", "hardware": {"cpu": "a cpu"}}
             (run / "summary.json").write_text(json.dumps(summary))
             runs[run.name], right[seed, cell] = run, top[:, 0] == target
     (runs.popitem()[1] / "summary.json").unlink()  # seed 9 is not complete

@@ -68,6 +68,8 @@ def write_events(
     options = {"samples": samples, "val_samples": val_samples, "content_seed": content_seed}
     if name != "flashes":
         _refuse(name, "has no flashes", gap=gap)
+    elif framing.get("frames_by") == "number":
+        _refuse(name, "has its flashes at times", frames_by="number")
     if name in PUBLISHED:
         _refuse(name, "has its own recordings", **options)
         if source is None or slices is None:

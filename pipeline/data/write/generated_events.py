@@ -31,8 +31,8 @@ before the shape arrives.
 in the left half of the sensor and once in the right half, with noise in all slices. The 8 classes
 are four shapes, each with either half first. t is random. Recordings 2 m and 2 m + 1 are the exact
 reversal of one another: their slices are the same, in the opposite order. So any reader that maps
-slices one by one and sums, or windows of up to `gap` slices, gives both the same answer, of which
-at most one is right.
+slices one by one, without their times, and sums gives both the same answer, of which at most one is
+right. A reader that knows the time of a slice can do better if `gap` is half of the slices or more.
 
 **Saccades** turns real images into input for event networks. Sums over time suffice to distinguish
 its classes. The image is in the middle of the sensor. The gaze follows a triangle, and each side
@@ -241,8 +241,8 @@ class Flashes:
         first = int(_draw(self, _FLASH_SLICE, self.slices - self.gap))
         parts = []
         for flash, slice_ in enumerate((first, first + self.gap)):
-            # The shape lies within its half: the widest reaches 1.1 radius from its centre.
-            margin = 1.1 * radius + 1
+            # The shape lies within its half: the tip of a triangle is 1.2 radius from its centre.
+            margin = 1.2 * radius + 1
             row, column = (
                 margin + (length - 2 * margin) * _draw(self, draw + flash, 1 << 16) / (1 << 16)
                 for draw, length in ((_FLASH_ROW, self.size), (_FLASH_COLUMN, half))

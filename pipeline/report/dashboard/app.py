@@ -209,10 +209,10 @@ def _render_study(
         for group in study.groups
     ]
     reports = [replace(report, key=mark + report.key) for report in reports]
-    variables = what_to_show(study, sections, offers, [view.view], reports, label=label)
+    variables = what_to_show(study, sections, offers, [view.view], reports, mark=mark, label=label)
     place = f"{mark}{view.study[:8]}-{slug(view.family)}"
     template = environment().get_template("study.html")
-    return template.render(**variables, **shown, place=place, mark=mark), offers
+    return template.render(**variables, **shown, place=place), offers
 
 
 def _requested_view() -> ViewState:

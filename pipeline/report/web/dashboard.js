@@ -126,7 +126,7 @@
     const results = await Promise.allSettled([listed, ...columns.map((each) => showStudy(mine, each))]);
     if (mine !== looks) return;
     const isLost = results.some((each) => each.status === "rejected");
-    $("lost").hidden = !isLost;
+    $("lost").hidden = !isLost || paused;
     if (paused) return;
     timer = setTimeout(look, isLost ? Math.min(every, 1000) : every, true);
   };
