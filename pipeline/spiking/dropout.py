@@ -47,8 +47,8 @@ class Dropout(nn.Module):
 
 
 class DropPath(Dropout):
-    """Drops residual branches with probability `share`, one m per sample. If m = 0, the shortcut
-    remains.
+    """Dropout of residual branches, one m per sample: `share` is the probability that m = 0. Then
+    the shortcut remains.
 
     Source: Huang et al. 2016 (stochastic depth, arXiv 1603.09382).
     """

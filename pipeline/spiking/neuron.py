@@ -68,8 +68,8 @@ class LIF(nn.Module):
     Raises: ValueError for arguments out of range, outside `fresh_state`, or if the shape of a batch
     changes between slices.
 
-    Source: Wu et al. 2018 (STBP, arXiv 1706.02609) in the form of snnTorch
-    and SpikingJelly.
+    Source: Wu et al. 2018 (STBP, arXiv 1706.02609), in the form of snnTorch and
+    SpikingJelly.
     """
 
     def __init__(

@@ -277,8 +277,9 @@ def test_two_studies_stand_side_by_side(browser: Browser):
         columns.nth(1).locator(".runs tr", has_text="old-SLTT").click()
         expect(columns.nth(1).locator(".count")).to_have_text("1 of 2 picked")
         expect(columns.nth(0).locator(".count")).to_have_text("2 of 2 picked")
-        page.set_viewport_size({"width": PHONE[0], "height": PHONE[1]})
-        accessible(page)
+        for width, height in (WIDE, PHONE):
+            page.set_viewport_size({"width": width, "height": height})
+            accessible(page)
         with opened(browser, page.url) as other:
             expect(other.locator("#main .column").nth(1).locator(".count")).to_have_text(
                 "1 of 2 picked"

@@ -42,8 +42,8 @@ def expected(number: int, steps: int, part: int = 1) -> np.ndarray:
 
 def test_fulfils_the_contract(moving: Path) -> None:
     data = Events(moving, **GOOD)
-    batch = read(data.val(micro_batch=5))[0]
-    assert to_time_first(batch.x, 4).shape == (4, 5, 2, SIZE, SIZE)
+    batch = read(data.train(**SIZES))[0]
+    assert to_time_first(batch.x, 4).shape == (4, 12, 2, SIZE, SIZE)
     assert torch.equal(batch.target, batch.index % 16)
     assert Events("/nowhere", **GOOD).shape == data.shape == (4, 2, SIZE, SIZE)  # opens no file
 
