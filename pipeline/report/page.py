@@ -259,7 +259,8 @@ def what_to_show(
     """The variables of the templates that the page and the dashboard share.
 
     Args:
-        mark: begins the ids that no other study of the page may have.
+        mark: begins the ids that no other study of the page may have. Panels have names without
+            it, so that both studies follow one address.
         label: ends the names of the page's regions, which no other study of the page may have.
     """
     rules = study.groups[0].page_rules if study.groups else ()

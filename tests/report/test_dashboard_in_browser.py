@@ -246,12 +246,17 @@ def test_two_studies_of_one_title_and_one_suite_keep_their_own_data(browser: Bro
         assert set(own) == {90.0} and set(beside) == {50.0}
         ids = page.evaluate("() => [...document.querySelectorAll('[id]')].map(each => each.id)")
         assert len(ids) == len({*ids})
+        columns = page.locator("#main .column")
+        columns.nth(1).get_by_role("button", name="Memory against time steps").click()
         for view in ("runs", "claims"):
             page.get_by_role("button", name=VIEWS[view], exact=True).first.click()
             expect(page.locator(".view").nth(1)).to_contain_text(SHOWN_TWICE[view])
             accessible(page)
+            for column in columns.all():  # both follow the address
+                expect(column.locator(".panel:not(.off)")).to_contain_text("BPTT saves 4 times")
+        columns.nth(1).get_by_role("button", name="Accuracy against saved bytes").click()
         with page.expect_download() as download:
-            page.locator("#main .column").nth(1).locator("a[download]").first.click()
+            columns.nth(1).locator("a[download]").first.click()
         assert ",0.5," in Path(download.value.path()).read_text()
 
 

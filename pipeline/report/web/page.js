@@ -80,9 +80,6 @@ const Figures = (() => {
     if (places.length) (window.requestIdleCallback || setTimeout)(ready); // a print does not wait for the script
   };
 
-  /** The panel's name without the mark of the second study, so that both studies follow one address. */
-  const panelOf = (name) => name?.replace(/^beside-/, "");
-
   /** Shows what is picked in an overview: the tiles of a rule, or a panel of the large figure. */
   const pick = (root, { rule, panel }) => {
     const rows = [...root.querySelectorAll("tr[data-rule]")];
@@ -95,9 +92,9 @@ const Figures = (() => {
       root.querySelectorAll("[data-tiles]").forEach((each) => each.classList.toggle("off", each.dataset.tiles !== rule));
     }
     const buttons = [...root.querySelectorAll("[data-panel]")];
-    if (buttons.some((button) => panelOf(button.dataset.panel) === panel)) {
-      buttons.forEach((button) => button.setAttribute("aria-pressed", String(panelOf(button.dataset.panel) === panel)));
-      root.querySelectorAll(".panel").forEach((each) => each.classList.toggle("off", panelOf(each.dataset.of) !== panel));
+    if (buttons.some((button) => button.dataset.panel === panel)) {
+      buttons.forEach((button) => button.setAttribute("aria-pressed", String(button.dataset.panel === panel)));
+      root.querySelectorAll(".panel").forEach((each) => each.classList.toggle("off", each.dataset.of !== panel));
       root.querySelectorAll(".panel:not(.off) [data-figure]").forEach((place) => draw(place));
     }
   };
@@ -105,9 +102,8 @@ const Figures = (() => {
     const picked = event.target.closest("tr[data-rule], [data-panel]");
     const root = event.target.closest(".overview");
     if (!picked || !root) return;
-    const detail = { rule: picked.dataset.rule, panel: panelOf(picked.dataset.panel) };
-    pick(root, detail);
-    document.dispatchEvent(new CustomEvent("picked", { detail }));
+    pick(root, picked.dataset);
+    document.dispatchEvent(new CustomEvent("picked", { detail: picked.dataset }));
   });
   return { show, pick };
 })();
