@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from pipeline.core.errors import UserError
+from pipeline.core.errors import Diverged, UserError
 from pipeline.track.journal import NullTracker, read
 from pipeline.train import writer_lock
 from pipeline.train.backend.collectives import Ranks
@@ -90,8 +90,11 @@ def test_what_a_worker_meets_after_its_drivers_death_is_no_failure_of_the_run(
             raise RuntimeError("the driver lives")
     with pytest.raises(RuntimeError), journal(tmp_path, Ranks()):
         raise RuntimeError("Connection closed by peer")
-    [failed] = read(tmp_path / "journal.jsonl")
+    with pytest.raises(UserError), journal(tmp_path, Ranks()):
+        raise Diverged("the loss is nan")
+    failed, diverged = read(tmp_path / "journal.jsonl")
     assert failed["error"] == "RuntimeError: the driver lives"
+    assert diverged["event"] == "diverged"
 
 
 def test_an_error_that_a_full_disk_keeps_from_the_journal_is_raised_all_the_same(

@@ -68,8 +68,11 @@ def write_events(
     options = {"samples": samples, "val_samples": val_samples, "content_seed": content_seed}
     if name != "flashes":
         _refuse(name, "has no flashes", gap=gap)
-    elif framing.get("frames_by") == "number":
-        _refuse(name, "has its flashes at times", frames_by="number")
+    require_data(
+        name != "flashes" or framing.get("frames_by", "time") == "time",
+        "write events: flashes need frames_by=time, because a flash lies in one slice of time; got"
+        f" frames_by={framing.get('frames_by')}",
+    )
     if name in PUBLISHED:
         _refuse(name, "has its own recordings", **options)
         if source is None or slices is None:
@@ -94,14 +97,17 @@ def write_events(
         )
         slices = DEFAULT_SLICES[name] if slices is None else slices
         size = 34 if size is None else size
-        if name == "saccades":
-            sets = _saccade_sets(source, size, **numbers)
-        else:
+        if name != "saccades":
             _refuse(name, "is generated", source=source)
+        if name == "moving":
             make = partial(MovingShape, size=size)
-            if name == "flashes":
-                make = partial(Flashes, size=size, slices=slices, gap=4 if gap is None else gap)
-            sets = _shape_sets(name, make, **numbers)
+            sets = _shape_sets(make, CLASSES, "moving shapes", **numbers)
+        elif name == "flashes":
+            of_gap = {} if gap is None else {"gap": gap}
+            make = partial(Flashes, size=size, slices=slices, **of_gap)
+            sets = _shape_sets(make, FLASH_CLASSES, "flashes", **numbers)
+        else:
+            sets = _saccade_sets(source, size, **numbers)
     return write_sets(
         sets,
         Path(out),
@@ -114,16 +120,16 @@ def write_events(
 
 
 def _shape_sets(
-    name: str,
     make: Callable[..., MovingShape | Flashes],
+    classes: list[str],
+    kind: str,
     *,
     samples: int = 6000,
     val_samples: int = 1600,
     content_seed: int = 0,
 ) -> list[Source]:
     """`make`: a recording from its number and part."""
-    classes, what = (FLASH_CLASSES, name) if name == "flashes" else (CLASSES, "moving shapes")
-    origin = f"{what}, content seed {content_seed}"
+    origin = f"{kind}, content seed {content_seed}"
     train, val = (
         [make(number, part, content_seed=content_seed) for number in range(count)]
         for part, count in enumerate((samples, val_samples))

@@ -238,17 +238,16 @@ class Flashes:
         scale, half = self.size / 34, self.size / 2
         radius = scale * (3 + _draw(self, _FLASH_RADIUS, 64) / 42)  # 3 to 4.5 pixels on 34
         pixels = np.arange(self.size, dtype=np.float64)
+        # The shape lies within its half: the tip of a triangle is 1.2 radius from its centre.
+        margin, shape = 1.2 * radius + 1, SHAPES[self.label // 2]
         first = int(_draw(self, _FLASH_SLICE, self.slices - self.gap))
         parts = []
         for flash, slice_ in enumerate((first, first + self.gap)):
-            # The shape lies within its half: the tip of a triangle is 1.2 radius from its centre.
-            margin = 1.2 * radius + 1
             row, column = (
                 margin + (length - 2 * margin) * _draw(self, draw + flash, 1 << 16) / (1 << 16)
                 for draw, length in ((_FLASH_ROW, self.size), (_FLASH_COLUMN, half))
             )
             down_H1, right_1W = pixels[:, None] - row, pixels - (column + flash * half)
-            shape = SHAPES[self.label // 2]
             y_N, x_N = np.nonzero(signed_distance(shape, down_H1, right_1W, radius) < 0)
             order_N = np.arange(len(y_N))
             t_N = slice_ * FLASH_SLICE_US + (2 * order_N + 1) * FLASH_SLICE_US // (2 * len(y_N))

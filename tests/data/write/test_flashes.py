@@ -56,5 +56,7 @@ def test_the_gap_has_to_fit_and_belongs_to_flashes(tmp_path) -> None:
         replace(Flashes(0, 0), gap=16)
     with pytest.raises(DataError, match="gap has no effect: moving has no flashes; got gap=2"):
         write_events("moving", tmp_path, gap=2)
+    with pytest.raises(DataError, match=r"flashes need frames_by=time.*got frames_by=number"):
+        write_events("flashes", tmp_path, frames_by="number")
     train, val = write_events("flashes", tmp_path, gap=2, samples=16, val_samples=8, slices=8)
     assert (train.samples, val.samples) == (16, 8)
