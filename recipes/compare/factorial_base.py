@@ -136,7 +136,9 @@ def factorial(
     """
     draw = np.random.default_rng(seed)
     cells = list(next(iter(right.values())).columns)
-    weights = {name: {_text(cell): w for cell, w in of.items()} for name, of in contrasts.items()}
+    weights = {
+        name: {cell_name(cell): w for cell, w in of.items()} for name, of in contrasts.items()
+    }
     weights_CK = np.array([[of.get(cell, 0.0) for of in weights.values()] for cell in cells])
     values, resampled, sizes = {}, [], {}
     for split, frame in right.items():
@@ -190,7 +192,8 @@ def read_right(
     right: dict[str, pd.DataFrame] = {}
     for split in next(iter(cells.values())):
         columns = {
-            _text(cell): _read_run(runs[split], by=by, trust=trust) for cell, runs in cells.items()
+            cell_name(cell): _read_run(runs[split], by=by, trust=trust)
+            for cell, runs in cells.items()
         }
         first, *others = columns.values()
         if not all(column.index.equals(first.index) for column in others):
@@ -213,7 +216,7 @@ def read_right(
     return right
 
 
-def _text(cell: tuple[str, ...]) -> str:
+def cell_name(cell: tuple[str, ...]) -> str:
     return ", ".join(cell)
 
 

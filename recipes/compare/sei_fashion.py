@@ -43,7 +43,13 @@ from pipeline.rules.sltt import SLTT
 from pipeline.train.distillation import Distillation
 from pipeline.train.evaluation import read_predictions
 from pipeline.train.objective import CrossEntropy
-from recipes.compare.factorial_base import Levels, Weights, effect, student_widening
+from recipes.compare.factorial_base import (
+    Levels,
+    Weights,
+    cell_name,
+    effect,
+    student_widening,
+)
 from recipes.fashion.base import fashion
 
 # N images, S seeds, R resamples
@@ -175,7 +181,7 @@ def _is_finished(run: Path) -> bool:
 
 def write_answers(file: Path, cells: Mapping[tuple[str, ...], Path]) -> None:
     """Write which test images the runs of one seed answered right, in the order of the set."""
-    told: dict[str, Any] = {"cells": {}}
+    block: dict[str, Any] = {"cells": {}}
     for cell, run in cells.items():
         predictions = read_predictions(run / "answers.npz")
         summary = read_json(run / "summary.json")
@@ -187,16 +193,16 @@ def write_answers(file: Path, cells: Mapping[tuple[str, ...], Path]) -> None:
             summary["epochs"] == EPOCHS,
             f"sei-fashion: {run.name} must have trained {EPOCHS} epochs; got {summary['epochs']}",
         )
-        told |= {"commit": summary["commit"], "machine": summary["hardware"]["cpu"]}
-        told["cells"][_text(cell)] = np.packbits(predictions.is_correct).tobytes().hex()
+        block |= {"commit": summary["commit"], "machine": summary["hardware"]["cpu"]}
+        block["cells"][cell_name(cell)] = np.packbits(predictions.is_correct).tobytes().hex()
     file.parent.mkdir(exist_ok=True)
-    write_whole(file, (json.dumps(told, indent=1) + "\n").encode())
+    write_whole(file, (json.dumps(block, indent=1) + "\n").encode())
 
 
 def read_answers(file: Path) -> pd.DataFrame:
     """A row for each image, a column of True and False for each cell."""
-    told = read_json(file)["cells"]
-    bits = {cell: np.frombuffer(bytes.fromhex(text), np.uint8) for cell, text in told.items()}
+    cells = read_json(file)["cells"]
+    bits = {cell: np.frombuffer(bytes.fromhex(text), np.uint8) for cell, text in cells.items()}
     return pd.DataFrame({cell: np.unpackbits(each).astype(bool) for cell, each in bits.items()})
 
 
@@ -247,7 +253,7 @@ def contrasts_of(
     images_RN = draw.multinomial(N, np.full(N, 1 / N), size=resamples).astype(np.float32)
     rows = {}
     for name, weights in contrasts().items():
-        cells = {_text(cell): weight for cell, weight in weights.items()}
+        cells = {cell_name(cell): weight for cell, weight in weights.items()}
         seeds = [each for each, frame in right.items() if cells.keys() <= {*frame}]
         if not seeds:
             continue
@@ -292,10 +298,6 @@ def render(table: pd.DataFrame, right: Mapping[int, pd.DataFrame], console: Cons
     say(console, f"Multiple shortcuts and a teacher, in 1-bit weights: {words}.")
     if cost.high < -0.5:
         say(console, f"They bring back {-gain.points / cost.points:.0%} of what 1 bit costs.")
-
-
-def _text(cell: tuple[str, ...]) -> str:
-    return ", ".join(cell)
 
 
 def main() -> None:

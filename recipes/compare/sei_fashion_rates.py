@@ -13,7 +13,7 @@ without the ingredients does not favour them.
 """
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -34,26 +34,35 @@ def recipe() -> Suite:
 
 
 def _trial(weights: str, rate: float, seed: int) -> Recipe:
-    made = trained((weights, *NEITHER), epochs=EPOCHS)
-    return replace(
-        made,
-        name=_name(weights, rate, seed),
-        data=made.data.with_(held_out=0.1),
-        optimizer=made.optimizer.with_(lr=rate),
-        seed=seed,
-    )
+    made = trial("rate", (weights, *NEITHER), rate, seed)
+    return replace(made, optimizer=made.optimizer.with_(lr=rate))
 
 
-def _name(weights: str, rate: float, seed: int) -> str:
-    return f"sei-fashion-rate-{weights}-{rate:g}-{seed}"
+def trial(what: str, cell: tuple[str, ...], value: float, seed: int) -> Recipe:
+    """A short run of a cell on the held-out tenth, which tries a value of `what`."""
+    made = trained(cell, epochs=EPOCHS)
+    name = _name(what, cell[0], value, seed)
+    return replace(made, name=name, data=made.data.with_(held_out=0.1), seed=seed)
+
+
+def _name(what: str, weights: str, value: float, seed: int) -> str:
+    return f"sei-fashion-{what}-{weights}-{value:g}-{seed}"
 
 
 def report(runs: Mapping[str, Path], console: Console) -> None:
+    print_trials("rate", RATES, runs, console)
+
+
+def print_trials(
+    what: str, values: Sequence[float], runs: Mapping[str, Path], console: Console
+) -> None:
+    """The top-1 of the trials of each value of `what`, for each kind of weights."""
     rows = []
-    for weights, rate in product(FACTORS["weights"], RATES):
-        top1 = [top1_of(runs[_name(weights, rate, seed)]) for seed in SEEDS]
+    for weights, value in product(FACTORS["weights"], values):
+        top1 = [top1_of(runs[_name(what, weights, value, seed)]) for seed in SEEDS]
         found = [each for each in top1 if each is not None]
         mean = f"{statistics.fmean(found):.2%}" if len(found) == len(SEEDS) else "diverged"
-        rows.append((weights, f"{rate:g}", *(f"{each:.2%}" for each in found), mean))
-    columns = (prose("weights"), number("lr"), *(number(f"seed {each}") for each in SEEDS))
+        each = ("diverged" if one is None else f"{one:.2%}" for one in top1)
+        rows.append((weights, f"{value:g}", *each, mean))
+    columns = (prose("weights"), number(what), *(number(f"seed {seed}") for seed in SEEDS))
     print_table(console, (*columns, number("mean")), rows)

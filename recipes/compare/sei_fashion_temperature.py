@@ -12,7 +12,6 @@ of the teacher's answers to one epoch of training views, and the label smoothing
 as uncertain: 1 - e on the label and e / K on each of K classes.
 """
 
-import statistics
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import replace
@@ -27,13 +26,14 @@ from scipy.optimize import root_scalar
 from torch.nn import functional as F
 
 from pipeline import load
-from pipeline.core.printing import number, print_table, prose, say
+from pipeline.core.printing import say
 from pipeline.recipe import Recipe, Suite
 from pipeline.spiking.encode import to_time_first
 from pipeline.track.run_state import top1_of
 from recipes.compare.sei_fashion import BOTH, FACTORS, TEACHER, teacher, trained
+from recipes.compare.sei_fashion_rates import SEEDS, print_trials, trial
 
-TEMPERATURES, SEEDS, EPOCHS = (1.0, 4.0), (100, 101), 8
+TEMPERATURES = (1.0, 4.0)
 
 
 def recipe() -> Suite:
@@ -42,28 +42,12 @@ def recipe() -> Suite:
 
 
 def _trial(weights: str, temperature: float, seed: int) -> Recipe:
-    made = trained((weights, *BOTH), epochs=EPOCHS)
-    return replace(
-        made,
-        name=_name(weights, temperature, seed),
-        data=made.data.with_(held_out=0.1),
-        objective=made.objective.with_(temperature=temperature),
-        seed=seed,
-    )
-
-
-def _name(weights: str, temperature: float, seed: int) -> str:
-    return f"sei-fashion-temperature-{weights}-{temperature:g}-{seed}"
+    made = trial("temperature", (weights, *BOTH), temperature, seed)
+    return replace(made, objective=made.objective.with_(temperature=temperature))
 
 
 def report(runs: Mapping[str, Path], console: Console) -> None:
-    rows = []
-    for weights, temperature in product(FACTORS["weights"], TEMPERATURES):
-        top1 = [top1_of(runs[_name(weights, temperature, seed)]) or 0.0 for seed in SEEDS]
-        means = (f"{each:.2%}" for each in (*top1, statistics.fmean(top1)))
-        rows.append((weights, f"{temperature:g}", *means))
-    columns = (prose("weights"), number("temperature"), *(number(f"seed {s}") for s in SEEDS))
-    print_table(console, (*columns, number("mean")), rows)
+    print_trials("temperature", TEMPERATURES, runs, console)
     logits_NK = _answers(runs[TEACHER])
     say(console, f"The teacher alone, on the held-out tenth: {top1_of(runs[TEACHER]):.2%}.")
     for temperature in TEMPERATURES:
