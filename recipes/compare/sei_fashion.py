@@ -10,10 +10,11 @@ Result:   not trained yet; the design is in docs/LOG.md, "The design of the stud
 
 A block is all cells of one seed; its answers, one bit for each test image, stand in ANSWERS. A
 launch trains the seeds that have none. Its report, and the second command at any time, write the
-answers of each complete seed and print the tables. The rates were chosen on a held-out tenth of the
-training set (sei_fashion_rates.py); temperature and smoothing are not chosen yet.
+answers of each complete seed and print the tables. Settings were chosen on a held-out tenth of the
+training set (sei_fashion_rates.py, sei_fashion_temperature.py).
 """
 
+import hashlib
 import json
 import sys
 from collections.abc import Mapping
@@ -40,6 +41,7 @@ from pipeline.recipe import Recipe, Spec, Suite, spec
 from pipeline.recipe.json import read_json
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
+from pipeline.track.run_state import is_over, state_of, top1_of
 from pipeline.train.distillation import Distillation
 from pipeline.train.evaluation import read_predictions
 from pipeline.train.objective import CrossEntropy
@@ -52,7 +54,7 @@ from recipes.compare.factorial_base import (
 )
 from recipes.fashion.base import fashion
 
-# N images, S seeds, R resamples
+# N images, S seeds, R resamples, V different values
 
 FACTORS: dict[str, Levels] = {
     "weights": ("real", "1-bit"),
@@ -72,6 +74,9 @@ EPOCHS = 14
 RATE = {"real": 0.6, "1-bit": 0.6}
 TEMPERATURE = 1.0
 SMOOTHING = 0.1  # targets as uncertain, in nats, as the teacher's answers in training
+GATE = 0.4  # points: the largest half-width with which the study decides, and what matters
+LEAST_TEACHER = 0.935  # top-1 on the held-out tenth
+
 STUDY = "sei-fashion"
 TEACHER = f"{STUDY}-teacher"
 
@@ -161,11 +166,17 @@ def _file(seed: int) -> Path:
 def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
     """Write the answers of each complete seed, and print the tables of all that are written."""
     for seed, cells in CELLS_OF.items():
-        folders = {cell: runs.get(_name(cell, seed)) for cell in cells}
-        found = {cell: folder for cell, folder in folders.items() if folder is not None}
-        is_complete = len(found) == len(cells) and all(map(_is_finished, found.values()))
+        found = {cell: runs[name] for cell in cells if (name := _name(cell, seed)) in runs}
+        ends = {cell: state_of(run) for cell, run in found.items()}
+        is_complete = len(found) == len(cells) and {*ends.values()} <= {"finished", "diverged"}
         if is_complete and not _file(seed).exists():
-            write_answers(_file(seed), found)
+            finished = {cell: run for cell, run in found.items() if ends[cell] == "finished"}
+            write_answers(seed, finished)
+            for cell in found.keys() - finished.keys():
+                say(
+                    console,
+                    f"Seed {seed}: {cell_name(cell)} diverged; its contrasts lack the seed.",
+                )
     right = {seed: read_answers(_file(seed)) for seed in SEEDS if _file(seed).exists()}
     if not right:
         say(console, "No seed is complete.")
@@ -175,28 +186,58 @@ def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
     return {"contrasts": table.reset_index().to_dict("records")}
 
 
-def _is_finished(run: Path) -> bool:
-    return (run / "summary.json").exists() and (run / "answers.npz").exists()
+def write_answers(seed: int, cells: Mapping[tuple[str, ...], Path]) -> None:
+    """Write which test images the runs of a seed answered right, in the order of the set.
 
-
-def write_answers(file: Path, cells: Mapping[tuple[str, ...], Path]) -> None:
-    """Write which test images the runs of one seed answered right, in the order of the set."""
-    block: dict[str, Any] = {"cells": {}}
+    Raises: ValueError for a run of another recipe than its cell's, for runs of several commits,
+        contents or teachers, and for a teacher below LEAST_TEACHER.
+    """
+    blocks, teachers, answers = [], [], {}
     for cell, run in cells.items():
-        predictions = read_predictions(run / "answers.npz")
-        summary = read_json(run / "summary.json")
+        found = Recipe.read(run / "recipe.json")
+        planned = replace(trained(cell), name=_name(cell, seed), seed=seed)
+        predictions, summary = (
+            read_predictions(run / "answers.npz"),
+            read_json(run / "summary.json"),
+        )
+        require(
+            _without_paths(found) == _without_paths(planned),
+            f"sei-fashion: {run.name} must have the recipe of its cell and seed",
+        )
         require(
             np.array_equal(predictions.index, np.arange(10_000)),
             f"sei-fashion: {run.name} must have answered the 10,000 test images",
         )
-        require(
-            summary["epochs"] == EPOCHS,
-            f"sei-fashion: {run.name} must have trained {EPOCHS} epochs; got {summary['epochs']}",
+        blocks.append(
+            {
+                "commits": summary["commits"],
+                "data": summary["data_fingerprint"],
+                "machine": summary["hardware"]["cpu"],
+            }
         )
-        block |= {"commit": summary["commit"], "machine": summary["hardware"]["cpu"]}
-        block["cells"][cell_name(cell)] = np.packbits(predictions.is_correct).tobytes().hex()
-    file.parent.mkdir(exist_ok=True)
-    write_whole(file, (json.dumps(block, indent=1) + "\n").encode())
+        if found.teacher is not None:
+            weights = Path(found.teacher.kwargs["weights"])
+            digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+            teachers.append({"weights": digest, "top1": top1_of(weights.parent)})
+        answers[cell_name(cell)] = np.packbits(predictions.is_correct).tobytes().hex()
+    for what, each in (("commit, data and machine", blocks), ("teacher", teachers)):
+        require(
+            all(one == each[0] for one in each),
+            f"sei-fashion: the runs of a seed must have one {what}; got {each}",
+        )
+    for one in teachers:
+        require(
+            one["top1"] >= LEAST_TEACHER,
+            f"sei-fashion: the teacher must reach {LEAST_TEACHER:.1%}; got {one['top1']:.2%}",
+        )
+    block = {**blocks[0], "teacher": teachers[:1], "cells": answers}
+    ANSWERS.mkdir(exist_ok=True)
+    write_whole(_file(seed), (json.dumps(block, indent=1) + "\n").encode())
+
+
+def _without_paths(recipe: Recipe) -> Recipe:
+    taught_by = recipe.teacher and recipe.teacher.with_(weights="", cache=None)
+    return replace(recipe, data=recipe.data.with_(folder=""), teacher=taught_by)
 
 
 def read_answers(file: Path) -> pd.DataFrame:
@@ -238,44 +279,60 @@ def contrasts() -> dict[str, Weights]:
 def contrasts_of(
     right: Mapping[int, pd.DataFrame], *, resamples: int = 10_000, seed: int = 0
 ) -> pd.DataFrame:
-    """A row per contrast, in points: `points`, the 95 % interval `low` to `high`, and `seeds`.
+    """A row per contrast: `points`, the 95 % interval `low` to `high`, `seeds` with all its cells.
 
-    A resample draws seeds and images with replacement, all cells of a contrast by the same draw:
-
-        value = 100 / (S N) sum_s m[s] sum_n k[n] sum_c w[c] right[s,n,c]
-
-    The percentiles are widened, because resamples of S seeds vary less than seeds do.
-
-    Source: Owen 2007 (the pigeonhole bootstrap, arXiv:0712.1111), which is conservative.
+    The value of a seed and an image is 100 sum_c w[c] right[c] points.
     """
     draw = np.random.default_rng(seed)
-    N = len(next(iter(right.values())))
-    images_RN = draw.multinomial(N, np.full(N, 1 / N), size=resamples).astype(np.float32)
     rows = {}
     for name, weights in contrasts().items():
         cells = {cell_name(cell): weight for cell, weight in weights.items()}
         seeds = [each for each, frame in right.items() if cells.keys() <= {*frame}]
-        if not seeds:
-            continue
-        value_SN = np.array(
-            [sum(w * right[each][cell].to_numpy() for cell, w in cells.items()) for each in seeds],
-            np.float32,
-        )
-        points = 100 * float(value_SN.mean(dtype=np.float64))
-        S = len(seeds)
-        seeds_RS = draw.multinomial(S, np.full(S, 1 / S), size=resamples)
-        drawn_R = 100 * (seeds_RS * (images_RN @ value_SN.T)).sum(1) / (S * N)
-        ends: NDArray[np.float64] = np.percentile(drawn_R, (2.5, 97.5))
-        low, high = points + (student_widening(S) if S > 1 else np.inf) * (ends - points)
-        rows[name] = {"points": points, "low": low, "high": high, "seeds": S}
+        if seeds:
+            value_SN = 100 * np.array(
+                [
+                    sum(w * right[each][cell].to_numpy() for cell, w in cells.items())
+                    for each in seeds
+                ]
+            )
+            low, high = interval(value_SN, draw, resamples)
+            points = float(value_SN.mean())
+            rows[name] = {"points": points, "low": low, "high": high, "seeds": len(seeds)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("contrast")
 
 
-def verdict(low: float, high: float, *, matters: float = 0.4) -> str:
+def interval(
+    value_SN: NDArray[np.float64], draw: np.random.Generator, resamples: int
+) -> tuple[float, float]:
+    """The 95 % interval of the mean over seeds and images, both of which are samples.
+
+    A resample draws seeds, by their means, and images, by theirs, with replacement, and adds the
+    deviations of both. What is of one seed and one image alone is in both, so that with the
+    variances a of seeds, b of images and e of the rest the expected variance is
+
+        a / S + b / N + 2 e / (S N)
+
+    instead of one e. Where seeds and images are weighed in one product, it is three (Owen 2007,
+    arXiv:0712.1111). Deviations of seeds are widened, because resamples of S seeds vary less than
+    seeds do.
+    """
+    S, N = value_SN.shape
+    if S == 1:
+        return -np.inf, np.inf
+    mean = value_SN.mean()
+    seeds_R = draw.multinomial(S, np.full(S, 1 / S), size=resamples) @ value_SN.mean(1) / S - mean
+    # Images of one value are drawn together.
+    value_V, images_V = np.unique(value_SN.sum(0), return_counts=True)
+    images_R = draw.multinomial(N, images_V / N, size=resamples) @ value_V / (S * N) - mean
+    low, high = np.percentile(mean + student_widening(S) * seeds_R + images_R, (2.5, 97.5))
+    return float(low), float(high)
+
+
+def verdict(low: float, high: float) -> str:
     """In words, of an effect in points with its 95 % interval."""
     if low > 0 or high < 0:
         return "helps" if low > 0 else "harms"
-    return f"smaller than {matters}" if max(-low, high) < matters else "undecided"
+    return f"smaller than {GATE}" if max(-low, high) < GATE else "undecided"
 
 
 def render(table: pd.DataFrame, right: Mapping[int, pd.DataFrame], console: Console) -> None:
@@ -293,9 +350,24 @@ def render(table: pd.DataFrame, right: Mapping[int, pd.DataFrame], console: Cons
     ]
     columns = (prose("contrast"), number("points"), number("95 %"), number("seeds"))
     print_table(console, columns, rows)
-    gain, cost = (table.loc[name] for name in ("1-bit: both - neither", "neither: 1-bit - real"))
-    words = verdict(gain.low, gain.high)
-    say(console, f"Multiple shortcuts and a teacher, in 1-bit weights: {words}.")
+    gain, more, cost = (
+        table.loc[name]
+        for name in (
+            "1-bit: both - neither",
+            "gain in 1-bit - gain in real",
+            "neither: 1-bit - real",
+        )
+    )
+    half = (gain.high - gain.low) / 2
+    meets = "within" if half <= GATE else "above"
+    say(
+        console,
+        f"Multiple shortcuts and a teacher, in 1-bit weights: {verdict(gain.low, gain.high)}. The"
+        f" interval's half-width of {half:.2f} points is {meets} the gate of {GATE}.",
+    )
+    than = {"helps": "more than", "harms": "less than", "undecided": "not shown otherwise than"}
+    words = than.get(verdict(more.low, more.high), f"as much, within {GATE} points, as")
+    say(console, f"1-bit weights gain by them {words} real weights.")
     if cost.high < -0.5:
         say(console, f"They bring back {-gain.points / cost.points:.0%} of what 1 bit costs.")
 
@@ -303,7 +375,8 @@ def render(table: pd.DataFrame, right: Mapping[int, pd.DataFrame], console: Cons
 def main() -> None:
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
     jobs = sorted(folder.glob(f"{STUDY}-[0-9]*/recipe.json"))
-    report({read_json(each)["recipe"]["name"]: each.parent for each in jobs}, new_console())
+    over = [each for each in jobs if is_over(each.parent, is_needed=False)]
+    report({read_json(each)["recipe"]["name"]: each.parent for each in over}, new_console())
 
 
 if __name__ == "__main__":

@@ -1,23 +1,43 @@
 """The study of 1-bit weights on Fashion-MNIST: its cells, its files of answers, its intervals."""
 
+import hashlib
 import json
+import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
-from recipes.compare import sei_fashion
+from pipeline.core.printing import new_console
+from pipeline.recipe.json import write_json
+from pipeline.recipe.recipe import Recipe
+from pipeline.recipe.suite import fill_references
+from pipeline.rules.bptt import BPTT
+from pipeline.rules.sltt import SLTT
+from pipeline.train.distillation import Distillation
+from pipeline.train.evaluation import read_predictions
+from recipes.compare import sei_fashion, sei_fashion_rates, sei_fashion_temperature
 from recipes.compare.sei_fashion import (
     ALL,
     CELLS_OF,
     MAIN,
+    RATE,
+    SMOOTHED,
+    SMOOTHING,
+    TEACHER,
     contrasts,
     contrasts_of,
+    interval,
     read_answers,
     recipe,
     report,
+    teacher,
+    trained,
     verdict,
     write_answers,
 )
@@ -42,61 +62,133 @@ def test_a_launch_trains_the_seeds_that_have_no_answers(
     assert len(recipe().recipes) == 76
 
 
+def test_cells_differ_in_what_is_compared_alone() -> None:
+    """Names of fields and keywords, which a change of one factor changes."""
+
+    def changed(one: tuple[str, ...], other: tuple[str, ...]) -> set[str]:
+        left, right = (trained(cell).to_json()["recipe"] for cell in (one, other))
+        return {name for name in left.keys() | right.keys() if left.get(name) != right.get(name)}
+
+    neither, both = ("1-bit", "block", "labels"), ("1-bit", "multiple", "teacher")
+    assert changed(neither, ("real", "block", "labels")) == {"model"}  # both have one rate
+    assert changed(neither, ("1-bit", "multiple", "labels")) == {"model"}
+    assert changed(neither, ("1-bit", "block", "teacher")) == {"objective", "teacher"}
+    assert changed(neither, (*neither, "BPTT")) == changed(both, (*both, "BPTT")) == {"rule"}
+    assert changed(both, SMOOTHED) == {"objective", "teacher"}
+    network: Any = trained(both).model.kwargs["network"]
+    assert network.kwargs["shortcut"] == "multiple"
+    assert trained(neither).model.kwargs["network"].kwargs["shortcut"] == "membrane"
+    objective: Any = trained(both).objective.build()
+    assert isinstance(objective, Distillation) and objective.label_weight == 0
+    assert trained(SMOOTHED).objective.kwargs == {"label_smoothing": SMOOTHING}
+    for cell in ALL:
+        made = trained(cell)
+        assert made.data.kwargs.get("held_out", 0) == 0 and made.epochs == 14
+        assert made.optimizer.kwargs["lr"] == RATE[cell[0]]
+        assert isinstance(made.rule.build(), BPTT if cell[3:] else SLTT)
+    assert teacher().data.kwargs["held_out"] == 0.1 and teacher().epochs == 14
+
+
+def test_settings_are_tried_on_the_held_out_tenth_with_other_seeds() -> None:
+    for suite in (sei_fashion_rates.recipe(), sei_fashion_temperature.recipe()):
+        assert all(each.data.kwargs["held_out"] == 0.1 for each in suite.recipes)
+        trials = [each for each in suite.recipes if each.name != TEACHER]
+        assert {each.seed for each in trials} == {100, 101} and {100, 101}.isdisjoint(CELLS_OF)
+        assert all(each.epochs == 8 for each in trials)
+    rates = {each.optimizer.kwargs["lr"] for each in sei_fashion_rates.recipe().recipes}
+    assert rates == {0.02, 0.06, 0.2, 0.6}
+    _, *trials = sei_fashion_temperature.recipe().recipes
+    assert {each.objective.kwargs["temperature"] for each in trials} == {1, 4}
+
+
+def made_up(folder: Path, seed: int, *, top1: float = 0.94) -> dict[tuple[str, ...], Path]:
+    """Finished runs of the four main cells, and of their teacher."""
+    rng, alone = np.random.default_rng(seed), folder / "teacher"
+    alone.mkdir(parents=True, exist_ok=True)
+    (alone / "weights.safetensors").write_bytes(b"weights")
+    write_json(alone / "summary.json", {"top1": top1})
+    runs = {}
+    for cell in MAIN:
+        runs[cell] = run = folder / sei_fashion._name(cell, seed)
+        run.mkdir()
+        made = replace(trained(cell), name=run.name, seed=seed)
+        made = fill_references(made, lambda _: alone / "weights.safetensors")
+        write_json(run / "recipe.json", made.to_json())
+        target = rng.integers(0, 10, 10_000)
+        top = np.where(rng.random(10_000) < 0.9, target, 10)[:, None]
+        arrays = {"index": np.arange(10_000), "target": target, "top": top}
+        np.savez(run / "answers.npz", **arrays, probability=np.ones((10_000, 1)))
+        summary = {"commits": ["abc"], "data_fingerprint": "f", "hardware": {"cpu": "a cpu"}}
+        write_json(run / "summary.json", summary)
+    return runs
+
+
 def test_answers_are_written_for_complete_seeds_and_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sei_fashion, "ANSWERS", tmp_path / "answers")
-    few = partial(contrasts_of, resamples=50)
-    monkeypatch.setattr(sei_fashion, "contrasts_of", few)
-    rng, runs, right = np.random.default_rng(0), {}, {}
-    for seed in (8, 9):
-        for cell in CELLS_OF[seed]:
-            run = tmp_path / sei_fashion._name(cell, seed)
-            run.mkdir()
-            target = rng.integers(0, 10, 10_000)
-            top = np.where(rng.random(10_000) < 0.9, target, 10)[:, None]
-            arrays = {"index": np.arange(10_000), "target": target, "top": top}
-            np.savez(run / "answers.npz", **arrays, probability=np.ones((10_000, 1)))
-            summary = {"epochs": 14, "commit": "abc", "hardware": {"cpu": "a cpu"}}
-            (run / "summary.json").write_text(json.dumps(summary))
-            runs[run.name], right[seed, cell] = run, top[:, 0] == target
-    (runs.popitem()[1] / "summary.json").unlink()  # seed 9 is not complete
-    from pipeline.core.printing import new_console
-
-    report(runs, new_console())
-    assert [each.name for each in (tmp_path / "answers").iterdir()] == ["seed-8.json"]
-    read = read_answers(tmp_path / "answers" / "seed-8.json")
+    monkeypatch.setattr(sei_fashion, "contrasts_of", partial(contrasts_of, resamples=50))
+    runs = {seed: made_up(tmp_path, seed) for seed in (7, 8, 9)}
+    (runs[9][MAIN[0]] / "summary.json").unlink()  # seed 9 is not complete
+    diverged = {"event": "diverged", "error": "NaN", "time": 0.0, "attempt": 0}
+    (runs[8][MAIN[0]] / "journal.jsonl").write_text(json.dumps(diverged) + "\n")
+    report({run.name: run for of in runs.values() for run in of.values()}, new_console())
+    out = capsys.readouterr().out
+    assert "Seed 8: real, block, labels diverged; its contrasts lack the seed." in out
+    assert {each.name for each in sei_fashion.ANSWERS.iterdir()} == {"seed-7.json", "seed-8.json"}
+    block = json.loads((sei_fashion.ANSWERS / "seed-7.json").read_text())
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert block["teacher"] == [{"weights": digest, "top1": 0.94}] and block["commits"] == ["abc"]
+    read = {seed: read_answers(sei_fashion.ANSWERS / f"seed-{seed}.json") for seed in (7, 8)}
     for cell in MAIN:
-        assert np.array_equal(read[", ".join(cell)], right[8, cell])
-    assert "1-bit: both - neither" in capsys.readouterr().out
-    path = runs[sei_fashion._name(MAIN[0], 8)]
-    np.savez(path / "answers.npz", index=[1], target=[1], top=[[1]], probability=[[1.0]])
-    with pytest.raises(ValueError, match="10,000"):
-        write_answers(tmp_path / "x.json", {MAIN[0]: path})
+        right = read_predictions(runs[7][cell] / "answers.npz").is_correct
+        assert np.array_equal(read[7][", ".join(cell)], right)
+    table = contrasts_of(read, resamples=50)
+    assert (table.seeds[GAIN], table.seeds[INTERACTION]) == (2, 1)
 
 
-def drawn(
-    rng: np.random.Generator, *, gain: float, seeds: int = 10, images: int = 500
-) -> dict[int, pd.DataFrame]:
-    """Answers with effects of seeds and of images, and a gain of the ingredients in 1-bit alone."""
-    hard_N = rng.normal(0, 0.15, images)
-    frames = {}
-    for seed in range(seeds):
-        columns = {}
-        for cell in ALL if seed < 5 else MAIN:
-            share = 0.7 + gain * (cell[0] == "1-bit" and cell[1:3] == ("multiple", "teacher"))
-            share_N = share + hard_N + rng.normal(0, 0.02)
-            columns[", ".join(cell)] = rng.random(images) < share_N
-        frames[seed] = pd.DataFrame(columns)
-    return frames
+@pytest.mark.parametrize("wrong", ["rate", "seed", "images", "commit", "teacher", "weak teacher"])
+def test_answers_of_other_runs_are_refused(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sei_fashion, "ANSWERS", tmp_path / "answers")
+    runs = made_up(tmp_path, 9, top1=0.93 if wrong == "weak teacher" else 0.94)
+    run, says = runs["real", "multiple", "teacher"], "one teacher"
+    if wrong == "weak teacher":
+        says = "must reach 93.5%; got 93.00%"
+    elif wrong in ("rate", "seed"):
+        made = Recipe.read(run / "recipe.json")
+        key = "optimizer.lr" if wrong == "rate" else "seed"
+        write_json(run / "recipe.json", made.override({key: 1}).to_json())
+        says = "must have the recipe of its cell and seed"
+    elif wrong == "images":
+        np.savez(run / "answers.npz", index=[1], target=[1], top=[[1]], probability=[[1.0]])
+        says = "10,000"
+    elif wrong == "commit":
+        summary = json.loads((run / "summary.json").read_text())
+        write_json(run / "summary.json", {**summary, "commits": ["abc", "def"]})
+        says = "one commit"
+    else:
+        other = tmp_path / "other"
+        shutil.copytree(tmp_path / "teacher", other)
+        (other / "weights.safetensors").write_bytes(b"others")
+        made = Recipe.read(run / "recipe.json")
+        made = made.override({"teacher.weights": str(other / "weights.safetensors")})
+        write_json(run / "recipe.json", made.to_json())
+    with pytest.raises(ValueError, match=says):
+        write_answers(9, runs)
+    assert not sei_fashion.ANSWERS.exists()
 
 
 def test_contrasts_are_differences_of_accuracies() -> None:
-    right = drawn(np.random.default_rng(0), gain=0.1)
+    rng = np.random.default_rng(0)
+    right = {
+        seed: pd.DataFrame({", ".join(cell): rng.random(500) < 0.7 for cell in CELLS_OF[seed]})
+        for seed in CELLS_OF
+    }
     table = contrasts_of(right, resamples=200)
-    assert {*table.index} == {*contrasts()} and all(
-        abs(sum(w.values())) < 1e-12 for w in contrasts().values()
-    )
+    assert {*table.index} == {*contrasts()}
+    assert all(abs(sum(w.values())) < 1e-12 for w in contrasts().values())
     mean = pd.DataFrame({seed: frame.mean() for seed, frame in right.items()}).mean(axis=1) * 100
     both, neither = "multiple, teacher", "block, labels"
     gain = {
@@ -108,18 +200,26 @@ def test_contrasts_are_differences_of_accuracies() -> None:
     assert table.loc[GAIN].low < table.loc[GAIN].points < table.loc[GAIN].high
 
 
-def test_intervals_hold_the_truth_at_least_as_often_as_they_say() -> None:
-    """Over fresh seeds and images; the bootstrap of both is conservative."""
-    rng = np.random.default_rng(1)
-    held = [
-        (
-            row := contrasts_of(drawn(rng, gain=0.05, seeds=5, images=200), resamples=300).loc[GAIN]
-        ).low
-        <= 5
-        <= row.high
-        for _ in range(60)
-    ]
+@pytest.mark.parametrize(
+    ("seeds", "images", "rest"), [(1.0, 0, 0), (0, 20.0, 0), (0, 0, 40.0), (0.4, 10.0, 20.0)]
+)
+def test_intervals_are_as_wide_as_seeds_and_images_make_them(
+    seeds: float, images: float, rest: float
+) -> None:
+    """Over fresh seeds and images, whose effects have these standard deviations. What is of one
+    seed and one image alone counts with both.
+    """
+    rng, S, N = np.random.default_rng(1), 5, 400
+    held, half = [], []
+    for _ in range(200):
+        value_SN = 3 + seeds * rng.normal(size=(S, 1)) + images * rng.normal(size=(1, N))
+        low, high = interval(value_SN + rest * rng.normal(size=(S, N)), rng, 400)
+        held.append(low <= 3 <= high)
+        half.append((high - low) / 2)
+    student, normal = stats.t.ppf(0.975, S - 1), stats.norm.ppf(0.975)
+    expected = student**2 * (seeds**2 + rest**2 / N) / S + normal**2 * (images**2 + rest**2 / S) / N
     assert np.mean(held) >= 0.93
+    assert np.mean(np.square(half)) == pytest.approx(expected, rel=0.12)
 
 
 @pytest.mark.parametrize(
