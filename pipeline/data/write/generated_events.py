@@ -28,7 +28,8 @@ camera that is switched on too late would show it by the missing first events. T
 before the shape arrives.
 
 **Flashes** asks for credit over a chosen time. A shape flashes twice, in slices t and t + gap, once
-in the left half of the sensor and once in the right half, with noise in all slices. The 8 classes
+in the left half of the sensor and once in the right half, with noise in all slices. A flash is
+three events at each pixel of the shape, of one polarity. The 8 classes
 are four shapes, each with either half first. t is random. Recordings 2 m and 2 m + 1 are the exact
 reversal of one another: their slices are the same, in the opposite order. So any reader that maps
 slices one by one, without their times, and sums gives both the same answer, of which at most one is
@@ -195,6 +196,7 @@ def signed_distance(
 
 FLASH_CLASSES = [f"{shape}, {half} first" for shape in SHAPES for half in ("left", "right")]
 FLASH_SLICE_US = 10_000
+FLASH_EVENTS = 3  # of each pixel: a flash is three thresholds brighter or darker
 
 _FLASH_SLICE, _FLASH_RADIUS, _FLASH_COIN, _FLASH_NOISE_COUNT = range(1536, 1540)
 _FLASH_ROW, _FLASH_COLUMN = 1540, 1542  # and one more each, for the second flash
@@ -236,7 +238,7 @@ class Flashes:
     def _left_first(self) -> Stream:
         """The noisy recording with the flash on the left first; `number` is even."""
         scale, half = self.size / 34, self.size / 2
-        radius = scale * (3 + _draw(self, _FLASH_RADIUS, 64) / 42)  # 3 to 4.5 pixels on 34
+        radius = scale * (4.5 + _draw(self, _FLASH_RADIUS, 64) / 42)  # 4.5 to 6 pixels on 34
         pixels = np.arange(self.size, dtype=np.float64)
         # The shape lies within its half: the tip of a triangle is 1.2 radius from its centre.
         margin, shape = 1.2 * radius + 1, SHAPES[self.label // 2]
@@ -249,6 +251,7 @@ class Flashes:
             )
             down_H1, right_1W = pixels[:, None] - row, pixels - (column + flash * half)
             y_N, x_N = np.nonzero(signed_distance(shape, down_H1, right_1W, radius) < 0)
+            y_N, x_N = np.tile((y_N, x_N), FLASH_EVENTS)
             order_N = np.arange(len(y_N))
             t_N = slice_ * FLASH_SLICE_US + (2 * order_N + 1) * FLASH_SLICE_US // (2 * len(y_N))
             parts.append((t_N, y_N, x_N, np.full_like(y_N, _draw(self, _FLASH_COIN, 2))))

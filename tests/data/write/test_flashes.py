@@ -24,7 +24,7 @@ def test_two_slices_that_far_apart_have_a_shape_in_one_half_each(gap: int) -> No
     starts = set()
     for number in range(40):
         counts_T2HW = counts(number, gap)
-        # A pixel of a flash has one event; its noise is spread over all slices.
+        # A pixel of a flash has three events; noise is spread over all slices.
         by_half_2T = [half.sum((1, 2, 3)) for half in np.split(counts_T2HW, 2, axis=3)]
         left, right = (int(np.argmax(half_T)) for half_T in by_half_2T)
         is_right_first = FLASH_CLASSES[Flashes(number, 0).label].endswith("right first")
