@@ -21,7 +21,7 @@ with 1 when one of the three tells more than `BOUND`, or the fourth less than `S
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -35,18 +35,19 @@ from pipeline.measure.memory import device_here, hardware
 BOUND, SEEN = 0.53, 0.90  # top-1
 CLASSES, SIZE, STEPS, BATCH = 16, 34, 10, 64
 
-# What each reader is given of a batch [B,J,C,H,W]: [B,V,C,H,W], V looks, the logits of which are
+# What a reader is given of a batch [B,T,C,H,W]: [B,V,C,H,W], V looks, the logits of which are
 # averaged.
-VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sum": lambda counts_BJCHW: counts_BJCHW.sum(1, keepdim=True),
-    "last slice": lambda counts_BJCHW: counts_BJCHW[:, -1:],
-    "late slices": lambda counts_BJCHW: counts_BJCHW[:, STEPS // 2 :],
-    "ten slices": lambda counts_BJCHW: counts_BJCHW.flatten(1, 2).unsqueeze(1),
+View = Callable[[Tensor], Tensor]
+VIEWS: dict[str, View] = {
+    "sum": lambda counts_BTCHW: counts_BTCHW.sum(1, keepdim=True),
+    "last slice": lambda counts_BTCHW: counts_BTCHW[:, -1:],
+    "late slices": lambda counts_BTCHW: counts_BTCHW[:, STEPS // 2 :],
+    "ten slices": lambda counts_BTCHW: counts_BTCHW.flatten(1, 2).unsqueeze(1),
 }
 
 
-def network(channels: int) -> nn.Module:
-    """Three convolutions with batch norm, 112,192 weights behind two channels."""
+def network(channels: int, classes: int) -> nn.Module:
+    """Three convolutions with batch norm; 112,192 weights for two channels and 16 classes."""
     layers: list[nn.Module] = []
     for before, width, kernel, stride in ((channels, 32, 5, 2), (32, 64, 3, 2), (64, 128, 3, 2)):
         layers += [
@@ -55,19 +56,19 @@ def network(channels: int) -> nn.Module:
             nn.ReLU(),
         ]
     return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(0.2), nn.Linear(9 * 128, CLASSES)
+        *layers, nn.AdaptiveAvgPool2d(3), nn.Flatten(), nn.Dropout(0.2), nn.Linear(9 * 128, classes)
     )
 
 
-def top1(folder: str, view: str, *, epochs: int, held_out: float, seed: int) -> float:
+def top1(data: Events, view: View, *, epochs: int, seed: int) -> float:
     """Train on one view of the recordings, and evaluate once, at the end."""
     torch.manual_seed(seed)
-    data = Events(folder, classes=CLASSES, steps=STEPS, size=SIZE, held_out=held_out)
     train, val = (
         data.train(seed=seed, batch_size=BATCH, micro_batch=BATCH),
         data.val(micro_batch=BATCH),
     )
-    model = network(2 * STEPS if view == "ten slices" else 2)
+    channels = view(torch.zeros(1, *data.shape)).shape[2]
+    model = network(channels, data.classes)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * train.steps_per_epoch)
     for epoch in range(epochs):
@@ -81,13 +82,13 @@ def top1(folder: str, view: str, *, epochs: int, held_out: float, seed: int) -> 
     return _accuracy(model.eval(), val, view)
 
 
-def _logits(model: nn.Module, counts_BJCHW: Tensor, view: str) -> Tensor:
-    looks_BVCHW = VIEWS[view](counts_BJCHW)
+def _logits(model: nn.Module, counts_BTCHW: Tensor, view: View) -> Tensor:
+    looks_BVCHW = view(counts_BTCHW)
     return model(looks_BVCHW.flatten(0, 1)).unflatten(0, looks_BVCHW.shape[:2]).mean(1)
 
 
 @torch.no_grad()
-def _accuracy(model: nn.Module, loader: Loader, view: str) -> float:
+def _accuracy(model: nn.Module, loader: Loader, view: View) -> float:
     hits: list[Tensor] = []
     with loader.epoch(0) as batches:
         hits += [_logits(model, batch.x, view).argmax(1) == batch.target for batch in batches]
@@ -108,17 +109,22 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    torch.set_num_threads(1)
-    found = {}
-    for view in VIEWS:
-        began = time.monotonic()
-        found[view] = top1(
-            asked.folder, view, epochs=asked.epochs, held_out=asked.held_out, seed=asked.seed
-        )
-        print(f"{view:<11}  top-1 {found[view]:.4f}   {time.monotonic() - began:.0f} s", flush=True)
-    print(f"commit {commit()}, {hardware(device_here())}")
+    data = Events(asked.folder, classes=CLASSES, steps=STEPS, size=SIZE, held_out=asked.held_out)
+    found = read(data, VIEWS, epochs=asked.epochs, seed=asked.seed)
     seen = found.pop("ten slices")
     return int(max(found.values()) > BOUND or seen < SEEN)
+
+
+def read(data: Events, views: Mapping[str, View], *, epochs: int, seed: int) -> dict[str, float]:
+    """Print and return the top-1 of a reader of each view."""
+    torch.set_num_threads(1)
+    found = {}
+    for name, view in views.items():
+        began = time.monotonic()
+        found[name] = top1(data, view, epochs=epochs, seed=seed)
+        print(f"{name:<11}  top-1 {found[name]:.4f}   {time.monotonic() - began:.0f} s", flush=True)
+    print(f"commit {commit()}, {hardware(device_here())}")
+    return found
 
 
 if __name__ == "__main__":

@@ -8,15 +8,12 @@ Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, only its abstract is p
           the network and the teacher are ours.
 Result:   not trained yet; the design is in docs/LOG.md, "The design of the study of 1-bit weights".
 
-A block is all cells of one seed; its answers, one bit for each test image, stand in ANSWERS. A
-launch trains the seeds that have none. Its report, and the second command at any time, write the
+A block is all cells of one seed; its answers stand in sei_fashion_answers (blocks.py). A launch
+trains the seeds that have none. Its report, and the second command at any time, write the
 answers of each complete seed and print the tables. Settings were chosen on a held-out tenth of the
 training set (sei_fashion_rates.py, sei_fashion_temperature.py).
 """
 
-import hashlib
-import json
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
@@ -25,36 +22,25 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from rich.console import Console
 from timm.optim import create_optimizer_v2
 from torch import nn
 
-from pipeline.core.checks import require
-from pipeline.core.files import write_whole
-from pipeline.core.printing import new_console, number, print_table, prose, say
+from pipeline.core.printing import number, print_table, prose, say
 from pipeline.models.ms_resnet import MSResNet
 from pipeline.models.teachers.cache import Cache
 from pipeline.models.teachers.network import network_teacher
 from pipeline.models.transforms import binarized
 from pipeline.recipe import Recipe, Spec, Suite, spec
-from pipeline.recipe.json import read_json
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
-from pipeline.track.run_state import is_over, state_of, top1_of
 from pipeline.train.distillation import Distillation
-from pipeline.train.evaluation import read_predictions
 from pipeline.train.objective import CrossEntropy
-from recipes.compare.factorial_base import (
-    Levels,
-    Weights,
-    cell_name,
-    effect,
-    student_widening,
-)
+from recipes.compare.blocks import Blocks, interval
+from recipes.compare.factorial_base import Levels, Weights, cell_name, effect
 from recipes.fashion.base import fashion
 
-# N images, S seeds, R resamples, V different values
+# N images, S seeds
 
 FACTORS: dict[str, Levels] = {
     "weights": ("real", "1-bit"),
@@ -67,28 +53,18 @@ BY_BPTT = tuple(("1-bit", *rest, "BPTT") for rest in (NEITHER, BOTH))
 SMOOTHED = ("1-bit", "multiple", "smoothed labels")
 ALL = (*product(*FACTORS.values()), SMOOTHED, *BY_BPTT)
 CELLS_OF = {seed: ALL if seed < 5 else MAIN for seed in range(10)}
-SEEDS = (*CELLS_OF,)
-ANSWERS = Path(__file__).with_name("sei_fashion_answers")
 
 EPOCHS = 14
 RATE = {"real": 0.6, "1-bit": 0.6}
 TEMPERATURE = 1.0
 SMOOTHING = 0.1  # targets as uncertain, in nats, as the teacher's answers in training
 GATE = 0.4  # points: the largest half-width with which the study decides, and what matters
-LEAST_TEACHER = 0.935  # top-1 on the held-out tenth
 
-STUDY = "sei-fashion"
-TEACHER = f"{STUDY}-teacher"
+TEACHER = "sei-fashion-teacher"
 
 
 def recipe() -> Suite:
-    blocks = [seed for seed in SEEDS if not _file(seed).exists()] or SEEDS
-    cells = [
-        replace(trained(cell), name=_name(cell, seed), seed=seed)
-        for seed in blocks
-        for cell in CELLS_OF[seed]
-    ]
-    return Suite(recipes=(teacher(), *cells), report=report)
+    return Suite(recipes=(teacher(), *STUDY.recipes()), report=report)
 
 
 def trained(cell: tuple[str, ...], *, epochs: int = EPOCHS) -> Recipe:
@@ -152,102 +128,26 @@ def _momentum(lr: float) -> Spec:
     return spec(create_optimizer_v2, opt="momentum", lr=lr, momentum=0.9, weight_decay=1e-4)
 
 
-def _name(cell: tuple[str, ...], seed: int) -> str:
-    return "-".join((STUDY, str(seed), *cell)).lower().replace(" ", "-")
-
-
-def _file(seed: int) -> Path:
-    return ANSWERS / f"seed-{seed}.json"
-
-
-# -------------------------------------------------------------------------------- the answers
+STUDY = Blocks(
+    name="sei-fashion",
+    folder=Path(__file__).with_name("sei_fashion_answers"),
+    cells_of=CELLS_OF,
+    recipe_of=trained,
+    samples=10_000,
+    least_teacher=0.935,
+)
 
 
 def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
     """Write the answers of each complete seed, and print the tables of all that are written."""
-    for seed, cells in CELLS_OF.items():
-        found = {cell: runs[name] for cell in cells if (name := _name(cell, seed)) in runs}
-        ends = {cell: state_of(run) for cell, run in found.items()}
-        is_complete = len(found) == len(cells) and {*ends.values()} <= {"finished", "diverged"}
-        if is_complete and not _file(seed).exists():
-            finished = {cell: run for cell, run in found.items() if ends[cell] == "finished"}
-            write_answers(seed, finished)
-            for cell in found.keys() - finished.keys():
-                say(
-                    console,
-                    f"Seed {seed}: {cell_name(cell)} diverged; its contrasts lack the seed.",
-                )
-    right = {seed: read_answers(_file(seed)) for seed in SEEDS if _file(seed).exists()}
+    STUDY.write(runs, console)
+    right = STUDY.read()
     if not right:
         say(console, "No seed is complete.")
         return {}
     table = contrasts_of(right)
     render(table, right, console)
     return {"contrasts": table.reset_index().to_dict("records")}
-
-
-def write_answers(seed: int, cells: Mapping[tuple[str, ...], Path]) -> None:
-    """Write which test images the runs of a seed answered right, in the order of the set.
-
-    Raises: ValueError for a run of another recipe than its cell's, for runs of several commits,
-        contents or teachers, and for a teacher below LEAST_TEACHER.
-    """
-    blocks, teachers, answers = [], [], {}
-    for cell, run in cells.items():
-        found = Recipe.read(run / "recipe.json")
-        planned = replace(trained(cell), name=_name(cell, seed), seed=seed)
-        predictions, summary = (
-            read_predictions(run / "answers.npz"),
-            read_json(run / "summary.json"),
-        )
-        require(
-            _without_paths(found) == _without_paths(planned),
-            f"sei-fashion: {run.name} must have the recipe of its cell and seed",
-        )
-        require(
-            np.array_equal(predictions.index, np.arange(10_000)),
-            f"sei-fashion: {run.name} must have answered the 10,000 test images",
-        )
-        blocks.append(
-            {
-                "commits": summary["commits"],
-                "data": summary["data_fingerprint"],
-                "machine": summary["hardware"]["cpu"],
-            }
-        )
-        if found.teacher is not None:
-            weights = Path(found.teacher.kwargs["weights"])
-            digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-            teachers.append({"weights": digest, "top1": top1_of(weights.parent)})
-        answers[cell_name(cell)] = np.packbits(predictions.is_correct).tobytes().hex()
-    for what, each in (("commit, data and machine", blocks), ("teacher", teachers)):
-        require(
-            all(one == each[0] for one in each),
-            f"sei-fashion: the runs of a seed must have one {what}; got {each}",
-        )
-    for one in teachers:
-        require(
-            one["top1"] >= LEAST_TEACHER,
-            f"sei-fashion: the teacher must reach {LEAST_TEACHER:.1%}; got {one['top1']:.2%}",
-        )
-    block = {**blocks[0], "teacher": teachers[:1], "cells": answers}
-    ANSWERS.mkdir(exist_ok=True)
-    write_whole(_file(seed), (json.dumps(block, indent=1) + "\n").encode())
-
-
-def _without_paths(recipe: Recipe) -> Recipe:
-    taught_by = recipe.teacher and recipe.teacher.with_(weights="", cache=None)
-    return replace(recipe, data=recipe.data.with_(folder=""), teacher=taught_by)
-
-
-def read_answers(file: Path) -> pd.DataFrame:
-    """A row for each image, a column of True and False for each cell."""
-    cells = read_json(file)["cells"]
-    bits = {cell: np.frombuffer(bytes.fromhex(text), np.uint8) for cell, text in cells.items()}
-    return pd.DataFrame({cell: np.unpackbits(each).astype(bool) for cell, each in bits.items()})
-
-
-# ------------------------------------------------------------------------------ the comparison
 
 
 def contrasts() -> dict[str, Weights]:
@@ -301,33 +201,6 @@ def contrasts_of(
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("contrast")
 
 
-def interval(
-    value_SN: NDArray[np.float64], draw: np.random.Generator, resamples: int
-) -> tuple[float, float]:
-    """The 95 % interval of the mean over seeds and images, both of which are samples.
-
-    A resample draws seeds, by their means, and images, by theirs, with replacement, and adds the
-    deviations of both. What is of one seed and one image alone is in both, so that with the
-    variances a of seeds, b of images and e of the rest the expected variance is
-
-        a / S + b / N + 2 e / (S N)
-
-    instead of one e. Where seeds and images are weighed in one product, it is three (Owen 2007,
-    arXiv:0712.1111). Deviations of seeds are widened, because resamples of S seeds vary less than
-    seeds do.
-    """
-    S, N = value_SN.shape
-    if S == 1:
-        return -np.inf, np.inf
-    mean = value_SN.mean()
-    seeds_R = draw.multinomial(S, np.full(S, 1 / S), size=resamples) @ value_SN.mean(1) / S - mean
-    # Images of one value are drawn together.
-    value_V, images_V = np.unique(value_SN.sum(0), return_counts=True)
-    images_R = draw.multinomial(N, images_V / N, size=resamples) @ value_V / (S * N) - mean
-    low, high = np.percentile(mean + student_widening(S) * seeds_R + images_R, (2.5, 97.5))
-    return float(low), float(high)
-
-
 def verdict(low: float, high: float) -> str:
     """In words, of an effect in points with its 95 % interval."""
     if low > 0 or high < 0:
@@ -372,12 +245,5 @@ def render(table: pd.DataFrame, right: Mapping[int, pd.DataFrame], console: Cons
         say(console, f"They bring back {-gain.points / cost.points:.0%} of what 1 bit costs.")
 
 
-def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "runs")
-    jobs = sorted(folder.glob(f"{STUDY}-[0-9]*/recipe.json"))
-    over = [each for each in jobs if is_over(each.parent, is_needed=False)]
-    report({read_json(each)["recipe"]["name"]: each.parent for each in over}, new_console())
-
-
 if __name__ == "__main__":
-    main()
+    STUDY.main(report)

@@ -22,6 +22,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.train.distillation import Distillation
 from pipeline.train.evaluation import read_predictions
 from recipes.compare import sei_fashion, sei_fashion_rates, sei_fashion_temperature
+from recipes.compare.blocks import interval
 from recipes.compare.sei_fashion import (
     ALL,
     CELLS_OF,
@@ -29,17 +30,15 @@ from recipes.compare.sei_fashion import (
     RATE,
     SMOOTHED,
     SMOOTHING,
+    STUDY,
     TEACHER,
     contrasts,
     contrasts_of,
-    interval,
-    read_answers,
     recipe,
     report,
     teacher,
     trained,
     verdict,
-    write_answers,
 )
 
 GAIN, INTERACTION = "1-bit: both - neither", "gain in 1-bit - gain in real"
@@ -48,7 +47,7 @@ GAIN, INTERACTION = "1-bit: both - neither", "gain in 1-bit - gain in real"
 def test_a_launch_trains_the_seeds_that_have_no_answers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sei_fashion, "ANSWERS", tmp_path)
+    monkeypatch.setattr(sei_fashion, "STUDY", replace(STUDY, folder=tmp_path))
     assert len(recipe().recipes) == 1 + 5 * 11 + 5 * 4
     for seed in range(9):
         (tmp_path / f"seed-{seed}.json").touch()
@@ -109,7 +108,7 @@ def made_up(folder: Path, seed: int, *, top1: float = 0.94) -> dict[tuple[str, .
     write_json(alone / "summary.json", {"top1": top1})
     runs = {}
     for cell in MAIN:
-        runs[cell] = run = folder / sei_fashion._name(cell, seed)
+        runs[cell] = run = folder / STUDY._name(cell, seed)
         run.mkdir()
         made = replace(trained(cell), name=run.name, seed=seed)
         made = fill_references(made, lambda _: alone / "weights.safetensors")
@@ -126,7 +125,8 @@ def made_up(folder: Path, seed: int, *, top1: float = 0.94) -> dict[tuple[str, .
 def test_answers_are_written_for_complete_seeds_and_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sei_fashion, "ANSWERS", tmp_path / "answers")
+    study = replace(STUDY, folder=tmp_path / "answers")
+    monkeypatch.setattr(sei_fashion, "STUDY", study)
     monkeypatch.setattr(sei_fashion, "contrasts_of", partial(contrasts_of, resamples=50))
     runs = {seed: made_up(tmp_path, seed) for seed in (7, 8, 9)}
     (runs[9][MAIN[0]] / "summary.json").unlink()  # seed 9 is not complete
@@ -134,12 +134,17 @@ def test_answers_are_written_for_complete_seeds_and_read_again(
     (runs[8][MAIN[0]] / "journal.jsonl").write_text(json.dumps(diverged) + "\n")
     report({run.name: run for of in runs.values() for run in of.values()}, new_console())
     out = capsys.readouterr().out
-    assert "Seed 8: real, block, labels diverged; its contrasts lack the seed." in out
-    assert {each.name for each in sei_fashion.ANSWERS.iterdir()} == {"seed-7.json", "seed-8.json"}
-    block = json.loads((sei_fashion.ANSWERS / "seed-7.json").read_text())
-    digest = hashlib.sha256(b"weights").hexdigest()
-    assert block["teacher"] == [{"weights": digest, "top1": 0.94}] and block["commits"] == ["abc"]
-    read = {seed: read_answers(sei_fashion.ANSWERS / f"seed-{seed}.json") for seed in (7, 8)}
+    assert "sei-fashion: seed 8 lacks real, block, labels: it diverged." in out
+    assert {each.name for each in study.folder.iterdir()} == {"seed-7.json", "seed-8.json"}
+    block = json.loads((study.folder / "seed-7.json").read_text())
+    assert block.pop("cells") and block == {
+        "commit": "abc",
+        "machine": "a cpu",
+        "content of fashion": "f",
+        "teacher": hashlib.sha256(b"weights").hexdigest(),
+        "top-1 of the teacher": 0.94,
+    }
+    read = study.read()
     for cell in MAIN:
         right = read_predictions(runs[7][cell] / "answers.npz").is_correct
         assert np.array_equal(read[7][", ".join(cell)], right)
@@ -148,10 +153,8 @@ def test_answers_are_written_for_complete_seeds_and_read_again(
 
 
 @pytest.mark.parametrize("wrong", ["rate", "seed", "images", "commit", "teacher", "weak teacher"])
-def test_answers_of_other_runs_are_refused(
-    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sei_fashion, "ANSWERS", tmp_path / "answers")
+def test_answers_of_other_runs_are_refused(wrong: str, tmp_path: Path) -> None:
+    study = replace(STUDY, folder=tmp_path / "answers")
     runs = made_up(tmp_path, 9, top1=0.93 if wrong == "weak teacher" else 0.94)
     run, says = runs["real", "multiple", "teacher"], "one teacher"
     if wrong == "weak teacher":
@@ -176,8 +179,8 @@ def test_answers_of_other_runs_are_refused(
         made = made.override({"teacher.weights": str(other / "weights.safetensors")})
         write_json(run / "recipe.json", made.to_json())
     with pytest.raises(ValueError, match=says):
-        write_answers(9, runs)
-    assert not sei_fashion.ANSWERS.exists()
+        study.write({each.name: each for each in runs.values()}, new_console())
+    assert not study.folder.exists()
 
 
 def test_contrasts_are_differences_of_accuracies() -> None:
