@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -34,6 +33,7 @@ from pipeline.train.evaluation import read_predictions
 from recipes.compare.factorial_base import cell_name, student_widening
 
 Cell = tuple[str, ...]
+Answers = dict[str, NDArray[np.bool_]]  # by the name of a cell: whether each sample is right
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,8 @@ class Blocks:
     folder: of the files of answers
     cells_of: the cells of each seed
     recipe_of: the recipe of a cell; its name and seed are set here
-    samples: of the evaluation set, which every run must have answered in order
+    samples: by the name of a data folder: of its evaluation set, which every run must have answered
+        in order; multiples of 8
     least_teacher: the top-1 in 0..1 that a teacher of the runs must have had in its own run
     """
 
@@ -52,7 +53,7 @@ class Blocks:
     folder: Path
     cells_of: Mapping[int, tuple[Cell, ...]]
     recipe_of: Callable[[Cell], Recipe]
-    samples: int
+    samples: Mapping[str, int]
     least_teacher: float = 0.0
 
     def recipes(self) -> list[Recipe]:
@@ -73,7 +74,9 @@ class Blocks:
         Raises: ValueError, see `_block`.
         """
         for seed, cells in self.cells_of.items():
-            found = {cell: runs[name] for cell in cells if (name := self._name(cell, seed)) in runs}
+            found = {
+                cell: runs[name] for cell in cells if (name := self.run_name(cell, seed)) in runs
+            }
             ends = {cell: state_of(run) for cell, run in found.items()}
             is_complete = len(found) == len(cells) and {*ends.values()} <= {"finished", "diverged"}
             if self._file(seed).exists() or not is_complete:
@@ -86,18 +89,17 @@ class Blocks:
                 if cell not in finished:
                     say(console, f"{self.name}: seed {seed} lacks {cell_name(cell)}: it diverged.")
 
-    def read(self) -> dict[int, pd.DataFrame]:
-        """By seed: a row for each sample, a column of True and False for each cell, by its name."""
+    def read(self) -> dict[int, Answers]:
+        """The answers of each seed that has a file."""
         right = {}
         for seed in self.cells_of:
             if self._file(seed).exists():
                 cells: dict[str, str] = read_json(self._file(seed))["cells"]
-                right[seed] = pd.DataFrame({name: self._bits(each) for name, each in cells.items()})
+                packed = {
+                    name: np.frombuffer(bytes.fromhex(x), np.uint8) for name, x in cells.items()
+                }
+                right[seed] = {name: np.unpackbits(x).astype(bool) for name, x in packed.items()}
         return right
-
-    def _bits(self, text: str) -> NDArray[np.bool_]:
-        packed = np.frombuffer(bytes.fromhex(text), np.uint8)
-        return np.unpackbits(packed, count=self.samples).astype(bool)
 
     def main(self, report: Callable[[Mapping[str, Path], Console], object]) -> None:
         """Report on the runs in the folder that the command line names, `runs` by default."""
@@ -109,11 +111,12 @@ class Blocks:
     def _file(self, seed: int) -> Path:
         return self.folder / f"seed-{seed}.json"
 
-    def _name(self, cell: Cell, seed: int) -> str:
-        return "-".join((self.name, str(seed), *cell)).lower().replace(" ", "-")
+    def run_name(self, cell: Cell, seed: int) -> str:
+        words = "-".join((self.name, str(seed), *cell))
+        return words.lower().replace(", ", "-").replace(" ", "-")
 
     def _recipe(self, cell: Cell, seed: int) -> Recipe:
-        return replace(self.recipe_of(cell), name=self._name(cell, seed), seed=seed)
+        return replace(self.recipe_of(cell), name=self.run_name(cell, seed), seed=seed)
 
     def _block(self, seed: int, runs: Mapping[Cell, Path]) -> dict[str, Any]:
         """The content of a seed's file.
@@ -131,13 +134,13 @@ class Blocks:
                 f"{self.name}: {run.name} must have the recipe of its cell and seed",
             )
             predictions = read_predictions(run / "answers.npz")
+            folder = Path(found.data.kwargs["folder"]).name
             require(
-                np.array_equal(predictions.index, np.arange(self.samples)),
-                f"{self.name}: {run.name} must have answered the {self.samples:,} samples",
+                np.array_equal(predictions.index, np.arange(self.samples[folder])),
+                f"{self.name}: {run.name} must have answered {self.samples[folder]:,} samples",
             )
             shared["commit"] |= {*summary["commits"]}
             shared["machine"].add(summary["hardware"]["cpu"])
-            folder = Path(found.data.kwargs["folder"]).name
             shared[f"content of {folder}"].add(summary["data_fingerprint"])
             if found.teacher is not None:
                 weights = Path(found.teacher.kwargs["weights"])

@@ -36,7 +36,7 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train.distillation import Distillation
 from pipeline.train.objective import CrossEntropy
-from recipes.compare.blocks import Blocks, interval
+from recipes.compare.blocks import Answers, Blocks, interval
 from recipes.compare.factorial_base import Levels, Weights, cell_name, effect
 from recipes.fashion.base import fashion
 
@@ -133,7 +133,7 @@ STUDY = Blocks(
     folder=Path(__file__).with_name("sei_fashion_answers"),
     cells_of=CELLS_OF,
     recipe_of=trained,
-    samples=10_000,
+    samples={"fashion": 10_000},
     least_teacher=0.935,
 )
 
@@ -177,7 +177,7 @@ def contrasts() -> dict[str, Weights]:
 
 
 def contrasts_of(
-    right: Mapping[int, pd.DataFrame], *, resamples: int = 10_000, seed: int = 0
+    right: Mapping[int, Answers], *, resamples: int = 10_000, seed: int = 0
 ) -> pd.DataFrame:
     """A row per contrast: `points`, the 95 % interval `low` to `high`, `seeds` with all its cells.
 
@@ -187,13 +187,10 @@ def contrasts_of(
     rows = {}
     for name, weights in contrasts().items():
         cells = {cell_name(cell): weight for cell, weight in weights.items()}
-        seeds = [each for each, frame in right.items() if cells.keys() <= {*frame}]
+        seeds = [each for each, found in right.items() if cells.keys() <= found.keys()]
         if seeds:
             value_SN = 100 * np.array(
-                [
-                    sum(w * right[each][cell].to_numpy() for cell, w in cells.items())
-                    for each in seeds
-                ]
+                [sum(w * right[each][cell] for cell, w in cells.items()) for each in seeds]
             )
             low, high = interval(value_SN, draw, resamples)
             points = float(value_SN.mean())
@@ -208,8 +205,10 @@ def verdict(low: float, high: float) -> str:
     return f"smaller than {GATE}" if max(-low, high) < GATE else "undecided"
 
 
-def render(table: pd.DataFrame, right: Mapping[int, pd.DataFrame], console: Console) -> None:
-    top1 = pd.DataFrame({seed: 100 * frame.mean() for seed, frame in right.items()})
+def render(table: pd.DataFrame, right: Mapping[int, Answers], console: Console) -> None:
+    top1 = pd.DataFrame(
+        {seed: {cell: 100 * x.mean() for cell, x in cells.items()} for seed, cells in right.items()}
+    )
     rows = [
         (str(cell), f"{row.mean():.2f}", f"{row.std():.2f}", str(row.count()))
         for cell, row in top1.iterrows()

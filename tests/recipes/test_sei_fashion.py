@@ -108,7 +108,7 @@ def made_up(folder: Path, seed: int, *, top1: float = 0.94) -> dict[tuple[str, .
     write_json(alone / "summary.json", {"top1": top1})
     runs = {}
     for cell in MAIN:
-        runs[cell] = run = folder / STUDY._name(cell, seed)
+        runs[cell] = run = folder / STUDY.run_name(cell, seed)
         run.mkdir()
         made = replace(trained(cell), name=run.name, seed=seed)
         made = fill_references(made, lambda _: alone / "weights.safetensors")
@@ -186,13 +186,13 @@ def test_answers_of_other_runs_are_refused(wrong: str, tmp_path: Path) -> None:
 def test_contrasts_are_differences_of_accuracies() -> None:
     rng = np.random.default_rng(0)
     right = {
-        seed: pd.DataFrame({", ".join(cell): rng.random(500) < 0.7 for cell in CELLS_OF[seed]})
+        seed: {", ".join(cell): rng.random(500) < 0.7 for cell in CELLS_OF[seed]}
         for seed in CELLS_OF
     }
     table = contrasts_of(right, resamples=200)
     assert {*table.index} == {*contrasts()}
     assert all(abs(sum(w.values())) < 1e-12 for w in contrasts().values())
-    mean = pd.DataFrame({seed: frame.mean() for seed, frame in right.items()}).mean(axis=1) * 100
+    mean = pd.DataFrame(right).map(np.mean).mean(axis=1) * 100
     both, neither = "multiple, teacher", "block, labels"
     gain = {
         kind: mean[f"{kind}, {both}"] - mean[f"{kind}, {neither}"] for kind in ("1-bit", "real")

@@ -66,6 +66,7 @@ REPEATED = (
         "nf_resnet101_",
         "sei_stamps",
         "sei_fashion",
+        "credit_flashes",
     ),
     "tuned_fashion",
     *(

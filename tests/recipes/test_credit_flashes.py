@@ -1,0 +1,150 @@
+"""The study of credit over time: its cells, what a rule loses, and what `probe` advises."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from pipeline.core.printing import new_console
+from pipeline.spiking.neuron import LIF, PLIF
+from recipes.compare import credit_flashes, credit_flashes_rates
+from recipes.compare.blocks import Answers
+from recipes.compare.credit_flashes import (
+    CELLS,
+    PAIRS,
+    SETS,
+    STUDY,
+    Advice,
+    Loss,
+    advice_of,
+    losses_of,
+    neurons_of,
+    trained,
+)
+from recipes.compare.factorial_base import cell_name
+
+
+def test_the_runs_of_a_set_share_all_but_rule_neuron_and_rate() -> None:
+    made = credit_flashes.recipe().recipes
+    assert len(made) == 118 and {each.seed for each in made} == {0, 1}
+    flashes = [each for each in made if "flashes" in each.name]
+    assert len(flashes) == 108 and {2 * gap < T for T, gap in PAIRS} == {True}
+    for name, label in CELLS:
+        recipe, baseline = trained((name, label)), trained((name, neurons_of(label)))
+        rate = {"optimizer": baseline.optimizer}
+        assert replace(recipe, rule=baseline.rule, **rate) == baseline
+        assert recipe.optimizer.with_(lr=0) == baseline.optimizer.with_(lr=0)
+        neurons = {type(each) for each in recipe.model.build().modules() if isinstance(each, LIF)}
+        assert neurons == {PLIF if "learnt" in label else LIF}
+        if name != "fashion":
+            T, gap = map(int, name.removeprefix("flashes-").split("-"))
+            assert recipe.time_steps == recipe.data.kwargs["steps"] == T and (T, gap) in PAIRS
+    trials = credit_flashes_rates.recipe().recipes
+    assert len(trials) == 36 and {each.seed for each in trials} == {100}
+    assert {each.data.kwargs["held_out"] for each in trials} == {0.1}
+    assert all(each.time_steps < 32 for each in trials)
+
+
+def answers(rng: np.random.Generator, lost: dict[str, float], *, per_seed: float) -> Answers:
+    """Right in 99 % by BPTT; a set loses so many points with every other rule."""
+    right = {}
+    for name, rule in CELLS:
+        is_baseline = rule == neurons_of(rule)
+        share = 0.99 if is_baseline else 0.99 - (lost[name] + per_seed * rng.normal()) / 100
+        right[cell_name((name, rule))] = rng.random(10_000 if name == "fashion" else 4_000) < share
+    return right
+
+
+def same_shares(share: float) -> dict[str, Any]:
+    layers = {state: {"conv": share, "classifier": 0.0} for state in ("before", "after")}
+    return {cell_name(cell): layers for cell in CELLS}
+
+
+def test_what_a_rule_loses_has_an_interval_of_pooled_seeds_and_of_pairs() -> None:
+    """Over 40 studies the half-width is that of the planted deviations, and holds the truth."""
+    rng, held, squares = np.random.default_rng(0), [], []
+    lost = dict.fromkeys((*SETS, "fashion"), 5.0)
+    for _ in range(40):
+        right = {seed: answers(rng, lost, per_seed=2.0) for seed in (0, 1)}
+        losses = losses_of(right, same_shares(0.5))
+        held += [each.low <= 5.0 <= each.high for each in losses]
+        squares += [((x.high - x.low) / 2) ** 2 for x in losses if x.rule == "truncated BPTT"]
+    assert np.mean(held) >= 0.93
+    # Of a seed: the planted deviation, and the chance of 4,000 answers of both rules.
+    chance = 100**2 * (0.94 * 0.06 + 0.99 * 0.01)
+    student, normal = stats.t.ppf(0.975, len(SETS)), stats.norm.ppf(0.975)
+    expected = student**2 * (4 + chance / 4000) / 2 + normal**2 * chance / 2 / 4000
+    assert np.mean(squares) == pytest.approx(expected, rel=0.15)
+
+
+def test_answers_of_a_pair_count_as_one() -> None:
+    """Recordings whose answers repeat those of their reversal say nothing more."""
+    rng = np.random.default_rng(0)
+    lost = dict.fromkeys((*SETS, "fashion"), 5.0)
+    once = {seed: answers(rng, lost, per_seed=0.0) for seed in (0, 1)}
+    single = {s: {cell: x.repeat(2) for cell, x in right.items()} for s, right in once.items()}
+    both = {s: {cell: np.tile(x, 2) for cell, x in right.items()} for s, right in once.items()}
+    widths = [
+        np.mean([each.high - each.low for each in losses_of(of, same_shares(0.5))])
+        for of in (single, both)
+    ]
+    assert 1.05 * widths[1] < widths[0] < 2**0.5 * widths[1]
+
+
+def loss(rule: str, share: float, kind: str, *, after: float = 0.5) -> Loss:
+    points = {"safe": 0.0, "unsafe": 9.0, "undecided": 1.0}[kind]
+    ends = {"points": points, "low": points - 0.5, "high": points + 0.5}
+    made = Loss(name="flashes-8-1", rule=rule, shares={"before": share, "after": after}, **ends)
+    assert made.kind == kind
+    return made
+
+
+def test_the_threshold_is_most_often_right_on_decided_cells_of_rules_without_time() -> None:
+    losses = [
+        *(loss("SLTT", 0.2, "safe"), loss("OTTT", 0.3, "safe"), loss("SLTT", 0.7, "unsafe")),
+        loss("SLTT", 0.25, "undecided"),
+        *(loss("truncated BPTT", 0.1, "unsafe") for _ in range(9)),
+    ]
+    assert advice_of(losses) == Advice("before", pytest.approx(0.5))
+    assert not Advice("before", 0.25).is_right(losses[1])
+    swapped = [
+        loss("SLTT", 0.5, "safe", after=0.1),
+        loss("SLTT", 0.5, "unsafe", after=0.6),
+    ]
+    assert advice_of(swapped) == Advice("after", pytest.approx(0.35))
+    nothing_safe = [loss("SLTT", 0.2, "unsafe"), loss("SLTT", 0.4, "unsafe")]
+    assert all(map(advice_of(nothing_safe).is_right, nothing_safe))
+
+
+def test_the_report_tells_losses_and_how_often_the_advice_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = replace(STUDY, folder=tmp_path)
+    monkeypatch.setattr(credit_flashes, "STUDY", study)
+    monkeypatch.setattr(credit_flashes, "SHARES", tmp_path / "shares.json")
+    rng = np.random.default_rng(0)
+    lost = {name: 0.0 if name.endswith(("-1", "fashion")) else 9.0 for name in (*SETS, "fashion")}
+    shares = {
+        cell_name(cell): {
+            "before": {"conv": 0.2 if lost[cell[0]] == 0 else 0.8},
+            "after": {"conv": 0.5},
+        }
+        for cell in CELLS
+    }
+    credit_flashes.write_json(credit_flashes.SHARES, shares)
+    assert credit_flashes.report({}, new_console()) == {}
+    assert "0 of 2 seeds are complete." in capsys.readouterr().out
+    for seed in (0, 1):
+        right = answers(rng, lost, per_seed=0.0)
+        cells = {cell: np.packbits(each).tobytes().hex() for cell, each in right.items()}
+        credit_flashes.write_json(tmp_path / f"seed-{seed}.json", {"cells": cells})
+    found = credit_flashes.report({}, new_console())
+    out = capsys.readouterr().out
+    assert found["advice"] == {"state": "before", "threshold": pytest.approx(0.5)}
+    assert "at a temporal share of at most 0.50 before training" in " ".join(out.split())
+    judged = r"judgement is on: right in (\d) of \1 safe and 9 of 9 unsafe cells"
+    assert re.search(judged, " ".join(out.split()))
