@@ -14,6 +14,7 @@ each. Only the rule differs; all share the learning rate 0.3. SLTT-K is rescaled
 expected gradient is SLTT's. The claims and their bounds are in the log, too.
 """
 
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from fractions import Fraction
@@ -42,7 +43,7 @@ from pipeline.report.study import WITHIN, Group
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from pipeline.track.run_state import state_of
+from pipeline.track.run_state import state_of, top1_of
 from recipes.compare.claims_base import (
     at_their_largest,
     flat_in_t,
@@ -70,6 +71,8 @@ RULES = {
     "sltt-2": spec(SLTT, k=2, rescale=True),
     "ottt-a": spec(OTTT),
 }
+KEPT_RESET = "bptt-kept-reset"
+"""BPTT as the papers have it: the gradient passes through the reset, which is detached here"""
 TURNED = ("bptt", "bptt-stepped", "sltt", "sltt-1", "sltt-2")
 CLAIMED = {RULES[rule].build().label for rule in ("bptt", "sltt", "sltt-1")}
 PLANNED_FOR = {"device": "v100", "samples": 1_281_167, "workers": 1}
@@ -122,6 +125,8 @@ def _of_study(study: str) -> Iterator[Recipe]:
     for seed in SEEDS:
         for name, rule in RULES.items():
             yield replace(shared, name=_name(study, name, seed), rule=rule, seed=seed)
+        kept = shared.model.with_(neuron=neuron.with_(reset_gradient="kept"))
+        yield replace(shared, name=_name(study, KEPT_RESET, seed), model=kept, seed=seed)
 
 
 def _name(study: str, rule: str, seed: int) -> str:
@@ -148,6 +153,8 @@ def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
         trained = Recipe.read(folders["bptt"][0] / "recipe.json")
         group = _most_complete(study, found, console).group
         claims += _claims(trained, group, beside, [read_run(folder) for folder in folders["sltt"]])
+        kept = [runs[_name(study, KEPT_RESET, seed)] for seed in SEEDS]
+        claims.append(_kept_reset(study, kept, folders["bptt"]))
     claims += _imagenet(_measured(runs, "imagenet", console))
     print_claims(claims, console)
     return {"claims": [asdict(claim) for claim in claims], "studies": studies, "sweeps": sweeps}
@@ -160,6 +167,19 @@ def _measured(runs: Mapping[str, Path], name: str, console: Console) -> dict[str
         return found
     say(console, f"{name}: not measured: {found['refused']}")
     return None
+
+
+def _kept_reset(study: str, kept: Sequence[Path], detached: Sequence[Path]) -> Claim:
+    """BPTT with the reset's gradient kept, as the papers have it, against ours, seed by seed."""
+    pairs = zip(map(top1_of, kept), map(top1_of, detached), strict=True)
+    points = [100 * (one - other) for one, other in pairs if one is not None and other is not None]
+    each = ", ".join(f"{value:+.2f}" for value in points)
+    return not_judged(
+        f"BPTT, the reset's gradient kept, {study}",
+        "top-1 above BPTT's with it detached, points",
+        "the papers keep it",
+        ours=f"{statistics.fmean(points):+.2f} ({each})" if points else "no seed finished both",
+    )
 
 
 def _lost(study: str, runs: int) -> Claim:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.recipe.recipe import write_json
+from pipeline.recipe.recipe import read_json, write_json
 from pipeline.report.claims import (
     Claim,
     accuracy,
@@ -419,6 +419,21 @@ def told(
     value = claims_fashion.report(runs, console)
     claims = {(*claim["about"].split(", ")[:2], claim["claim"]): claim for claim in value["claims"]}
     return value, claims, console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_bptt_with_the_resets_gradient_kept_stands_beside_ours(
+    on_two_machines: dict[str, Path],
+) -> None:
+    for seed, top1 in enumerate((0.91, 0.92, 0.95)):
+        for rule, value in (("bptt", 0.9), (claims_fashion.KEPT_RESET, top1)):
+            summary = on_two_machines[f"claims-decay-1-2-{rule}-{seed}"] / "summary.json"
+            write_json(summary, {**read_json(summary), "top1": value})
+    _, claims, _ = told(on_two_machines)
+    about = ("BPTT", "the reset's gradient kept", "top-1 above BPTT's with it detached, points")
+    assert claims[about]["ours"] == "+2.67 (+1.00, +2.00, +5.00)"
+    kept = [each for each in claims_fashion.recipe().recipes if "kept" in each.name]
+    neurons = {each.model.kwargs["neuron"].kwargs["reset_gradient"] for each in kept}
+    assert neurons == {"kept"} and len(kept) == 6
 
 
 def test_fashions_claims_are_judged_on_one_machine(on_two_machines: dict[str, Path]) -> None:
