@@ -30,6 +30,7 @@ from scipy import stats
 from pipeline.core.printing import number, print_table, prose, say
 from pipeline.data.datasets.events import Events
 from pipeline.forecast.bench import Bench
+from pipeline.forecast.probe import SAFE as LEAST_COSINE
 from pipeline.measure.gradient_similarity import fidelity
 from pipeline.models.vgg import vgg_sws
 from pipeline.recipe import Recipe, Spec, Suite, spec
@@ -60,9 +61,10 @@ SETS = tuple(f"flashes-{T}-{gap}" for T, gap in PAIRS)
 CELLS = (*product(SETS, RULES), *(("fashion", rule) for rule in RULES if "trunc" not in rule))
 MEMORYLESS = ("OTTT", "SLTT", "SLTT, learnt leak")  # rules of no gradient through the membrane
 SAFE = 1.0  # points: a rule is safe where the upper bound of what it loses to BPTT is at most this
-# by cell of BPTT, by state of the weights, by layer
-Shares = dict[str, dict[str, dict[str, float]]]
-SHARES = Path(__file__).with_name("credit_flashes_answers") / "shares.json"
+SHARE = "temporal share"
+# by cell of BPTT, by state of the weights, by "temporal share" or the rule of a cosine, by layer
+Probes = dict[str, dict[str, dict[str, dict[str, float]]]]
+PROBES = Path(__file__).with_name("credit_flashes_answers") / "probes.json"
 
 
 def recipe() -> Suite:
@@ -97,7 +99,7 @@ def trained(cell: tuple[str, ...]) -> Recipe:
 
 STUDY = Blocks(
     name="credit",
-    folder=SHARES.parent,
+    folder=PROBES.parent,
     cells_of=dict.fromkeys(range(2), CELLS),
     recipe_of=trained,
     samples={**dict.fromkeys(SETS, 4_000), "fashion": 10_000},
@@ -114,9 +116,9 @@ def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
     if len(right) < len(STUDY.cells_of):
         say(console, f"{len(right)} of {len(STUDY.cells_of)} seeds are complete.")
         return {}
-    if not SHARES.exists():
-        write_json(SHARES, measure_shares(runs))
-    losses = losses_of(right, read_json(SHARES))
+    if not PROBES.exists():
+        write_json(PROBES, probe(runs))
+    losses = losses_of(right, read_json(PROBES))
     advice = advice_of([each for each in losses if not each.is_judged])
     render(right, losses, advice, console)
     return {"losses": [asdict(each) for each in losses], "advice": asdict(advice)}
@@ -125,7 +127,10 @@ def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
 @dataclass(frozen=True, kw_only=True)
 class Loss:
     """What a rule loses on a set to BPTT with its neurons: `points`, with the 95 % interval `low`
-    to `high`. `shares`: the largest temporal share of a layer, by state of the weights.
+    to `high`.
+
+    `signs`: of BPTT's gradient, before and after its training: the largest temporal share of a
+    layer, and 1 less the lowest cosine of the rule's gradient in a layer.
     """
 
     name: str
@@ -133,7 +138,7 @@ class Loss:
     points: float
     low: float
     high: float
-    shares: Mapping[str, float]
+    signs: Mapping[str, float]
 
     @property
     def kind(self) -> str:
@@ -148,16 +153,16 @@ class Loss:
 
 @dataclass(frozen=True)
 class Advice:
-    """A rule is called safe at a share of at most `threshold` in this state of the weights."""
+    """A rule is called safe where this sign is at most `threshold`."""
 
-    state: str
+    sign: str
     threshold: float
 
     def is_right(self, loss: Loss) -> bool:
-        return (loss.shares[self.state] <= self.threshold) == (loss.kind == "safe")
+        return (loss.signs[self.sign] <= self.threshold) == (loss.kind == "safe")
 
 
-def losses_of(right: Mapping[int, Answers], shares: Shares) -> list[Loss]:
+def losses_of(right: Mapping[int, Answers], probes: Probes) -> list[Loss]:
     """Of each set and rule but BPTT.
 
     With the difference d of seed s and pair p of recordings, and the variance a of the seeds'
@@ -179,10 +184,10 @@ def losses_of(right: Mapping[int, Answers], shares: Shares) -> list[Loss]:
         for name, lost_SP in zip(sets, lost_CSP, strict=True):
             of_pairs = stats.norm.ppf(0.975) * stats.sem(lost_SP.mean(0))
             half = float(np.sqrt(student**2 * pooled / S + of_pairs**2))
-            points, layers = float(lost_SP.mean()), shares[cell_name((name, neurons))]
-            found = {state: max(each.values()) for state, each in layers.items()}
-            ends = {"low": points - half, "high": points + half}
-            losses.append(Loss(name=name, rule=label, points=points, shares=found, **ends))
+            points = float(lost_SP.mean())
+            ends = {"points": points, "low": points - half, "high": points + half}
+            signs = _signs(probes[cell_name((name, neurons))], label)
+            losses.append(Loss(name=name, rule=label, signs=signs, **ends))
     return sorted(losses, key=lambda each: (each.rule, CELLS.index((each.name, each.rule))))
 
 
@@ -196,26 +201,36 @@ def _pairs(right: Answers, name: str, label: str) -> NDArray[np.float64]:
     return 100 * right[cell_name((name, label))].reshape(-1, 2).mean(1)
 
 
-def measure_shares(runs: Mapping[str, Path]) -> Shares:
-    """As `probe` measures them on one batch, for each set and neurons: `before` training, and
-    `after` BPTT's run of seed 0.
+def _signs(states: Mapping[str, Mapping[str, Mapping[str, float]]], rule: str) -> dict[str, float]:
+    return {
+        **{f"share {state}": max(found[SHARE].values()) for state, found in states.items()},
+        **{f"1 - cosine {state}": 1 - min(found[rule].values()) for state, found in states.items()},
+    }
+
+
+def probe(runs: Mapping[str, Path]) -> Probes:
+    """What `spiketrain probe` measures on one batch, for each set and neurons: `before` training,
+    and `after` BPTT's run of seed 0.
     """
-    shares: Shares = {}
-    for cell in CELLS:
-        if cell[1] == neurons_of(cell[1]):
-            run = runs[STUDY.run_name(cell, 0)]
+    probes: Probes = {}
+    for name, baseline in CELLS:
+        if baseline == neurons_of(baseline):
+            run = runs[STUDY.run_name((name, baseline), 0)]
             made = Recipe.read(run / "recipe.json")
-            shares[cell_name(cell)] = {
-                "before": _share(made),
-                "after": _share(replace(made, init=str(run))),
+            rules = [rule for each, rule in CELLS if each == name and neurons_of(rule) == baseline]
+            probes[cell_name((name, baseline))] = {
+                "before": _probe(made, rules),
+                "after": _probe(replace(made, init=str(run)), rules),
             }
-    return shares
+    return probes
 
 
-def _share(recipe: Recipe) -> dict[str, float]:
+def _probe(recipe: Recipe, rules: Sequence[str]) -> dict[str, dict[str, float]]:
     bench = Bench(recipe, batch_size=64)
+    gradients = {rule: bench.gradients_of(RULES[rule][0]) for rule in rules}
     bptt, sltt = (bench.gradients_of(spec(rule))[0] for rule in (BPTT, SLTT))
-    return fidelity(bptt, sltt, {}).temporal_share
+    found = fidelity(bptt, sltt, gradients)
+    return {SHARE: found.temporal_share, **found.cosines}
 
 
 def decided(losses: Sequence[Loss]) -> list[Loss]:
@@ -225,13 +240,13 @@ def decided(losses: Sequence[Loss]) -> list[Loss]:
 
 def advice_of(losses: Sequence[Loss]) -> Advice:
     """The advice that is most often right. Of equally good ones, that with the threshold in the
-    widest gap between shares.
+    widest gap between values of its sign.
     """
     rows, found = decided(losses), []
-    for state in ("before", "after"):
-        shares = sorted({0.0, *(each.shares[state] for each in rows)})
-        for low, high in pairwise([*shares, shares[-1] + 1.0]):
-            advice = Advice(state, (low + high) / 2)
+    for sign in losses[0].signs:
+        values = sorted({0.0, *(each.signs[sign] for each in rows)})
+        for low, high in pairwise([*values, values[-1] + 1.0]):
+            advice = Advice(sign, (low + high) / 2)
             found.append((sum(map(advice.is_right, rows)), high - low, advice))
     return max(found, key=lambda each: each[:2])[2]
 
@@ -252,24 +267,26 @@ def render(
             f"{each.points:+.2f}",
             f"{each.low:+.2f} to {each.high:+.2f}",
             each.kind,
-            *(f"{share:.2f}" for share in each.shares.values()),
+            *(f"{value:.2f}" for value in each.signs.values()),
         )
         for each in losses
     ]
-    titles = ("lost to BPTT", "95 %", "", "share before", "share after")
+    titles = ("lost to BPTT", "95 %", "", *losses[0].signs)
     print_table(console, (prose("set and rule"), *map(number, titles)), rows)
     say(
         console,
-        "A rule without the gradient through time is called safe at a temporal share of at most"
-        f" {advice.threshold:.2f} {advice.state} training.",
+        "A rule without the gradient through time is called safe where"
+        f" {advice.sign} training is at most {advice.threshold:.2f}.",
     )
+    today = Advice("1 - cosine before", 1 - LEAST_COSINE)
     for part, is_judged in (("threshold was set on", False), ("judgement is on", True)):
         of_part = decided([each for each in losses if each.is_judged == is_judged])
-        counts = []
-        for kind in ("safe", "unsafe"):
-            cells = [each for each in of_part if each.kind == kind]
-            counts.append(f"{sum(map(advice.is_right, cells))} of {len(cells)} {kind}")
-        say(console, f"The part that the {part}: right in {' and '.join(counts)} cells.")
+        for words, rule in (("right", advice), ("`probe`'s sentence of today", today)):
+            counts = []
+            for kind in ("safe", "unsafe"):
+                cells = [each for each in of_part if each.kind == kind]
+                counts.append(f"{sum(map(rule.is_right, cells))} of {len(cells)} {kind}")
+            say(console, f"The part that the {part}: {words} in {' and '.join(counts)} cells.")
 
 
 if __name__ == "__main__":

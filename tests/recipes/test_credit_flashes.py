@@ -1,6 +1,7 @@
 """The study of credit over time: its cells, what a rule loses, and what `probe` advises."""
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from recipes.compare.blocks import Answers
 from recipes.compare.credit_flashes import (
     CELLS,
     PAIRS,
+    RULES,
     SETS,
     STUDY,
     Advice,
@@ -59,9 +61,19 @@ def answers(rng: np.random.Generator, lost: dict[str, float], *, per_seed: float
     return right
 
 
-def same_shares(share: float) -> dict[str, Any]:
-    layers = {state: {"conv": share, "classifier": 0.0} for state in ("before", "after")}
-    return {cell_name(cell): layers for cell in CELLS}
+def probes(share: Callable[[str], float]) -> dict[str, Any]:
+    """Of each set the largest share, and gradients that are BPTT's."""
+    cosines = {rule: {"conv": 1.0, "classifier": 1.0} for rule in RULES}
+    return {
+        cell_name((name, rule)): {
+            "before": {"temporal share": {"conv": share(name), "classifier": 0.0}, **cosines},
+            "after": {"temporal share": {"conv": 0.5, "classifier": 0.0}, **cosines},
+        }
+        for name, rule in CELLS
+    }
+
+
+SAME = probes(lambda name: 0.5)
 
 
 def test_what_a_rule_loses_has_an_interval_of_pooled_seeds_and_of_pairs() -> None:
@@ -70,7 +82,7 @@ def test_what_a_rule_loses_has_an_interval_of_pooled_seeds_and_of_pairs() -> Non
     lost = dict.fromkeys((*SETS, "fashion"), 5.0)
     for _ in range(40):
         right = {seed: answers(rng, lost, per_seed=2.0) for seed in (0, 1)}
-        losses = losses_of(right, same_shares(0.5))
+        losses = losses_of(right, SAME)
         held += [each.low <= 5.0 <= each.high for each in losses]
         squares += [((x.high - x.low) / 2) ** 2 for x in losses if x.rule == "truncated BPTT"]
     assert np.mean(held) >= 0.93
@@ -89,8 +101,7 @@ def test_answers_of_a_pair_count_as_one() -> None:
     single = {s: {cell: x.repeat(2) for cell, x in right.items()} for s, right in once.items()}
     both = {s: {cell: np.tile(x, 2) for cell, x in right.items()} for s, right in once.items()}
     widths = [
-        np.mean([each.high - each.low for each in losses_of(of, same_shares(0.5))])
-        for of in (single, both)
+        np.mean([each.high - each.low for each in losses_of(of, SAME)]) for of in (single, both)
     ]
     assert 1.05 * widths[1] < widths[0] < 2**0.5 * widths[1]
 
@@ -98,7 +109,9 @@ def test_answers_of_a_pair_count_as_one() -> None:
 def loss(rule: str, share: float, kind: str, *, after: float = 0.5) -> Loss:
     points = {"safe": 0.0, "unsafe": 9.0, "undecided": 1.0}[kind]
     ends = {"points": points, "low": points - 0.5, "high": points + 0.5}
-    made = Loss(name="flashes-8-1", rule=rule, shares={"before": share, "after": after}, **ends)
+    made = Loss(
+        name="flashes-8-1", rule=rule, signs={"share before": share, "share after": after}, **ends
+    )
     assert made.kind == kind
     return made
 
@@ -109,13 +122,13 @@ def test_the_threshold_is_most_often_right_on_decided_cells_of_rules_without_tim
         loss("SLTT", 0.25, "undecided"),
         *(loss("truncated BPTT", 0.1, "unsafe") for _ in range(9)),
     ]
-    assert advice_of(losses) == Advice("before", pytest.approx(0.5))
-    assert not Advice("before", 0.25).is_right(losses[1])
+    assert advice_of(losses) == Advice("share before", pytest.approx(0.5))
+    assert not Advice("share before", 0.25).is_right(losses[1])
     swapped = [
         loss("SLTT", 0.5, "safe", after=0.1),
         loss("SLTT", 0.5, "unsafe", after=0.6),
     ]
-    assert advice_of(swapped) == Advice("after", pytest.approx(0.35))
+    assert advice_of(swapped) == Advice("share after", pytest.approx(0.35))
     nothing_safe = [loss("SLTT", 0.2, "unsafe"), loss("SLTT", 0.4, "unsafe")]
     assert all(map(advice_of(nothing_safe).is_right, nothing_safe))
 
@@ -125,17 +138,11 @@ def test_the_report_tells_losses_and_how_often_the_advice_is_right(
 ) -> None:
     study = replace(STUDY, folder=tmp_path)
     monkeypatch.setattr(credit_flashes, "STUDY", study)
-    monkeypatch.setattr(credit_flashes, "SHARES", tmp_path / "shares.json")
+    monkeypatch.setattr(credit_flashes, "PROBES", tmp_path / "probes.json")
     rng = np.random.default_rng(0)
     lost = {name: 0.0 if name.endswith(("-1", "fashion")) else 9.0 for name in (*SETS, "fashion")}
-    shares = {
-        cell_name(cell): {
-            "before": {"conv": 0.2 if lost[cell[0]] == 0 else 0.8},
-            "after": {"conv": 0.5},
-        }
-        for cell in CELLS
-    }
-    credit_flashes.write_json(credit_flashes.SHARES, shares)
+    found = probes(lambda name: 0.2 if lost[name] == 0 else 0.8)
+    credit_flashes.write_json(credit_flashes.PROBES, found)
     assert credit_flashes.report({}, new_console()) == {}
     assert "0 of 2 seeds are complete." in capsys.readouterr().out
     for seed in (0, 1):
@@ -144,7 +151,7 @@ def test_the_report_tells_losses_and_how_often_the_advice_is_right(
         credit_flashes.write_json(tmp_path / f"seed-{seed}.json", {"cells": cells})
     found = credit_flashes.report({}, new_console())
     out = capsys.readouterr().out
-    assert found["advice"] == {"state": "before", "threshold": pytest.approx(0.5)}
-    assert "at a temporal share of at most 0.50 before training" in " ".join(out.split())
+    assert found["advice"] == {"sign": "share before", "threshold": pytest.approx(0.5)}
+    assert "is called safe where share before training is at most 0.50" in " ".join(out.split())
     judged = r"judgement is on: right in (\d) of \1 safe and 9 of 9 unsafe cells"
     assert re.search(judged, " ".join(out.split()))
