@@ -45,7 +45,7 @@ class TimmTeacher(Teacher):
         self._weights = content_hash(body)
         if precision == "bf16":
             body.bfloat16()
-        # This layout gives the same predictions in less time (benchmarks/teacher_layout.py).
+        # This layout gives the same predictions in 0.62 of the time on a CPU (docs/LOG.md).
         body.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.requires_grad_(False).eval()
 
