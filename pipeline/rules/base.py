@@ -138,7 +138,7 @@ class Rule(nn.Module):
                 f"{self.label}: the model must not be attached to another rule; got {other_rule} on"
                 f" {name or type(module).__name__}",
             )
-        if self.chunk is not None:
+        if self.passes_slices:
             refuse_whole_sequence_modules(self, model)
         for name, module in model.named_modules():
             require(
@@ -155,6 +155,15 @@ class Rule(nn.Module):
         self._attached.append(model)
         for module in model.modules():
             self.set_seam(module, "attached_rule", self.label)
+
+    @property
+    def passes_slices(self) -> bool:
+        """Whether the model gets slices of the time steps, one after another."""
+        return self.chunk is not None
+
+    def steps_per_forward(self, steps: int) -> int:
+        """The number of time steps that the model gets in one call, out of `steps`."""
+        return min(self.chunk or steps, steps)
 
     def check_steps(self, steps: int) -> None:
         """Check that the rule can train on sequences of `steps` time steps.

@@ -2,6 +2,7 @@
 
 # T time, B batch, K classes
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
@@ -33,10 +34,10 @@ class BPTT(Rule):
     Args:
         chunk: the number of time steps per forward (None: T). The gradient is the same.
         recompute: whether the forward keeps only the state between slices of `chunk` steps (None:
-            1), and the backward recomputes each slice. The gradient is the same, and a batch takes
-            about 4/3 of the time. Only membranes, and copies of the model's buffers, need memory
-            that grows with T. The running statistics of batch norm are updated once, and dropout
-            uses the same masks again.
+            T/2, rounded up), and the backward recomputes each slice. The gradient is the same, and
+            a batch takes about 4/3 of the time. Besides one slice, only membranes and copies of the
+            model's buffers are kept for each slice. The running statistics of batch norm are
+            updated once, and dropout uses the same masks again.
         truncate: the number of time steps per backward (None: T). The graph is cut after each
             backward, so memory does not grow with T. 1 is SLTT; T is BPTT.
 
@@ -61,7 +62,7 @@ class BPTT(Rule):
             f" truncate={truncate}, recompute={recompute}, chunk={chunk}",
         )
         if recompute:
-            self.label, self.chunk = "BPTT-recompute", chunk or 1
+            self.label, self.chunk = "BPTT-recompute", chunk
         elif truncate is not None:
             self.label, self.chunk = f"BPTT-truncate-{truncate}", truncate
         elif chunk is not None:
@@ -70,6 +71,16 @@ class BPTT(Rule):
         self.truncate = truncate
         self.memory = "linear" if truncate is None else "constant"
         self.over_time_choices = ("steps", "mean") if truncate is None else ("steps",)
+
+    @property
+    def passes_slices(self) -> bool:
+        return self.recompute or super().passes_slices
+
+    def steps_per_forward(self, steps: int) -> int:
+        # Shorter slices keep more membranes, which are more bytes than they save in a small
+        # network with fused neurons.
+        is_default = self.recompute and self.chunk is None
+        return math.ceil(steps / 2) if is_default else super().steps_per_forward(steps)
 
     def check_steps(self, steps: int) -> None:
         require(
@@ -86,7 +97,8 @@ class BPTT(Rule):
         with fresh_state(model), slice_cache(model, steps=steps, backwards=backwards) as cache:
             if self.truncate is None:
                 forward = partial(recompute_in_backward, model) if self.recompute else model
-                logits_TBK = torch.cat([forward(x_cB) for x_cB in x_TB.split(self.chunk or steps)])
+                slices_cB = x_TB.split(self.steps_per_forward(steps))
+                logits_TBK = torch.cat([forward(x_cB) for x_cB in slices_cB])
                 loss, mean_logits_BK = self.loss_over_time(logits_TBK, loss_fn)
                 yield LossTerm(backward=loss, loss=loss.detach(), logits=mean_logits_BK)
                 return

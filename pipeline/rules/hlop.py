@@ -402,12 +402,16 @@ class HLOP(Rule):
     def is_unsolved(self) -> bool:
         return self.inner.is_unsolved()
 
+    def steps_per_forward(self, steps: int) -> int:
+        return self.inner.steps_per_forward(steps)
+
     def check_steps(self, steps: int) -> None:
         self.inner.check_steps(steps)
+        passed = self.steps_per_forward(steps)
         require(
-            self.learn_from != "rates" or (self.chunk or steps) >= steps,
+            self.learn_from != "rates" or passed == steps,
             f"{self.label}: learn_from='rates' needs an inner rule that passes all T steps to the"
-            f" model at once; got {self.inner.label}, which passes {self.chunk} of {steps}",
+            f" model at once; got {self.inner.label}, which passes {passed} of {steps}",
         )
 
     def calibrate(self, model: nn.Module, batches: Sequence[Tensor]) -> None:

@@ -301,7 +301,7 @@ def conditions(
         ),
         "precision": recipe.precision,
         "exact": exactness(device),
-        "steps_per_forward": min(rule.chunk or recipe.time_steps, recipe.time_steps),
+        "steps_per_forward": rule.steps_per_forward(recipe.time_steps),
     }
 
 

@@ -68,9 +68,19 @@ def test_recomputing_keeps_membranes_and_no_more():
         return saved_peak(rule, wide_network(), *batch(steps))
 
     membranes = 5 * 64 * 5 * 8  # neurons, samples, bytes
-    growth = peak(BPTT(recompute=True), 16) - peak(BPTT(recompute=True), 8)
+    growth = peak(BPTT(1, recompute=True), 16) - peak(BPTT(1, recompute=True), 8)
     assert membranes * 8 <= growth < 1.1 * membranes * 8  # and the logits' errors
     assert growth < 0.6 * (peak(BPTT(), 16) - peak(BPTT(), 8))
+
+
+@pytest.mark.parametrize(("steps", "half"), [(1, 1), (4, 2), (5, 3)])
+def test_slices_of_half_the_steps_are_recomputed_by_default(steps: int, half: int):
+    calls, model = [], lif_network(decay=0.5)
+    model.register_forward_pre_hook(lambda module, x: calls.append(len(x[0])))
+    (got,) = gradients_on(steps, model, BPTT(recompute=True))
+    slices = [half, steps - half][: 1 + (steps > half)]
+    assert calls == [*slices, *reversed(slices)] and BPTT(recompute=True).steps_per_forward(4) == 2
+    assert difference(got, by_autograd(model, *batch(steps), cut=steps)) < 1e-13
 
 
 def test_recomputing_moves_statistics_once_and_draws_the_same_masks():
