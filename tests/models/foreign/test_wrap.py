@@ -139,7 +139,7 @@ RULES: dict[str, Callable[[], Rule]] = {
 }
 
 
-# BPTT recomputes a large network at every step, for seconds.
+# BPTT recomputes a large network for seconds.
 TRAINED = [
     (case, rule)
     for case in (*CASES, POOLED)
