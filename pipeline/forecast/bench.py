@@ -206,9 +206,11 @@ class BatchBench:
 
     @contextmanager
     def training(
-        self, rule: Spec, *, as_in_a_run: bool = False
+        self, rule: Spec, *, as_in_a_run: bool = False, accumulation: int = 1
     ) -> Iterator[tuple[Rule, Meters, Callable[[], None]]]:
         """Yield the attached rule, its meters, and a function that trains once on the batch.
+
+        With `accumulation`, that many such batches are the micro-batches of a global batch.
 
         The learning rate is 0. Training uses plain torch, and the meters count bytes on the second
         batch and operations on the third. `as_in_a_run` uses the recipe's own backend and a run's
@@ -231,7 +233,8 @@ class BatchBench:
             )
             with charge_collectives(meters.clock) if as_in_a_run else nullcontext():
                 backend, guard = self.backend_of(network, built_rule, as_in_a_run=as_in_a_run)
-                batch = [MicroBatch(self.x_TB, self.target_B, range(self.samples), 1.0)]
+                rows, share = range(self.samples), 1 / accumulation
+                batch = [MicroBatch(self.x_TB, self.target_B, rows, share)] * accumulation
                 schedule, steps = (lambda step: None), itertools.count()
 
                 def train_once() -> None:
@@ -369,8 +372,10 @@ class Bench(BatchBench):
             over_time=self.recipe.over_time,
         )
 
-    def seconds(self, rule: Spec, *, batches: int = TIMED) -> dict[str, float]:
-        """Mean seconds of the parts of a batch, as in a run.
+    def seconds(
+        self, rule: Spec, *, batches: int = TIMED, accumulation: int = 1
+    ) -> dict[str, float]:
+        """Mean seconds of the parts of a global batch, as in a run.
 
         The parts are "forward", "backward", "loop" (the rest of the loop), "communication" and
         "optimizer". The recipe's own backend is used, and a process group must exist. The mean
@@ -378,7 +383,8 @@ class Bench(BatchBench):
 
         Raises: as `cost`.
         """
-        with self.training(rule, as_in_a_run=True) as (_, meters, train_once):
+        training = self.training(rule, as_in_a_run=True, accumulation=accumulation)
+        with training as (_, meters, train_once):
             for _ in range(WARM_UP + batches):
                 train_once()
         return _seconds(meters.clock.take()[WARM_UP:], statistics.fmean)

@@ -51,6 +51,17 @@ def test_every_turn_stands_behind_the_recipes_backend_whose_moves_leave_the_weig
     assert {group["lr"] for backend in made for group in backend.optimizer.param_groups} == {0.0}
 
 
+def test_a_global_batch_accumulates_its_micro_batches() -> None:
+    each = bench.Bench(recipe_with(0.5), batch_size=4)
+    with each.training(spec(SLTT), accumulation=3) as (_, meters, train_once):
+        train_once()
+    assert meters.totals.batches == 1
+    assert meters.totals.backward_calls == 3 * each.time_steps
+    with group_of_one("cpu"):
+        parts = each.seconds(spec(SLTT), batches=1, accumulation=3)
+    assert min(parts["forward"], parts["backward"], parts["optimizer"]) > 0
+
+
 @pytest.mark.distributed
 @pytest.mark.timeout(120)
 def test_what_a_process_ended_in_is_a_line() -> None:
