@@ -52,6 +52,11 @@ def draw(sweep: Mapping[str, Any], out: Path) -> None:
     axes.set_xticks(sorted({each["time_steps"] for each in sweep["points"]}))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    save(figure, out)
+
+
+def save(figure: Figure, out: Path) -> None:
+    """Write an SVG without a date and with fixed ids."""
     with mpl.rc_context({"svg.hashsalt": "spiketrain", "svg.fonttype": "none"}):
         figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
 

@@ -89,16 +89,22 @@ class Blocks:
                 if cell not in finished:
                     say(console, f"{self.name}: seed {seed} lacks {cell_name(cell)}: it diverged.")
 
+    def written(self) -> dict[int, dict[str, Any]]:
+        """The content of each seed's file: what its runs have in common, and by the name of a cell
+        their seconds of training and their answers.
+        """
+        files = {seed: self._file(seed) for seed in self.cells_of}
+        return {seed: read_json(file) for seed, file in files.items() if file.exists()}
+
     def read(self) -> dict[int, Answers]:
         """The answers of each seed that has a file."""
         right = {}
-        for seed in self.cells_of:
-            if self._file(seed).exists():
-                cells: dict[str, str] = read_json(self._file(seed))["cells"]
-                packed = {
-                    name: np.frombuffer(bytes.fromhex(x), np.uint8) for name, x in cells.items()
-                }
-                right[seed] = {name: np.unpackbits(x).astype(bool) for name, x in packed.items()}
+        for seed, block in self.written().items():
+            packed = {
+                cell: np.frombuffer(bytes.fromhex(x), np.uint8)
+                for cell, x in block["cells"].items()
+            }
+            right[seed] = {cell: np.unpackbits(x).astype(bool) for cell, x in packed.items()}
         return right
 
     def main(self, report: Callable[[Mapping[str, Path], Console], object]) -> None:
@@ -127,6 +133,7 @@ class Blocks:
         """
         shared: dict[str, set[Any]] = defaultdict(set)
         answers: dict[str, str] = {}
+        seconds: dict[str, float] = {}
         for cell, run in runs.items():
             found, summary = Recipe.read(run / "recipe.json"), read_json(run / "summary.json")
             require(
@@ -146,6 +153,7 @@ class Blocks:
                 weights = Path(found.teacher.kwargs["weights"])
                 shared["teacher"].add(hashlib.sha256(weights.read_bytes()).hexdigest())
                 shared["top-1 of the teacher"].add(top1_of(weights.parent))
+            seconds[cell_name(cell)] = round(summary["train_s"], 1)
             answers[cell_name(cell)] = np.packbits(predictions.is_correct).tobytes().hex()
         for what, values in shared.items():
             require(
@@ -158,7 +166,7 @@ class Blocks:
             top1 >= self.least_teacher,
             f"{self.name}: the teacher must reach {self.least_teacher:.1%}; got {top1:.2%}",
         )
-        return {**block, "cells": answers}
+        return {**block, "train_s": seconds, "cells": answers}
 
 
 def _without_paths(recipe: Recipe) -> Recipe:

@@ -118,7 +118,7 @@ def made_up(folder: Path, seed: int, *, top1: float = 0.94) -> dict[tuple[str, .
         arrays = {"index": np.arange(10_000), "target": target, "top": top}
         np.savez(run / "answers.npz", **arrays, probability=np.ones((10_000, 1)))
         summary = {"commits": ["abc"], "data_fingerprint": "f", "hardware": {"cpu": "a cpu"}}
-        write_json(run / "summary.json", summary)
+        write_json(run / "summary.json", {**summary, "train_s": 300.04})
     return runs
 
 
@@ -137,7 +137,7 @@ def test_answers_are_written_for_complete_seeds_and_read_again(
     assert "sei-fashion: seed 8 lacks real, block, labels: it diverged." in out
     assert {each.name for each in study.folder.iterdir()} == {"seed-7.json", "seed-8.json"}
     block = json.loads((study.folder / "seed-7.json").read_text())
-    assert block.pop("cells") and block == {
+    assert block.pop("cells").keys() == block.pop("train_s").keys() and block == {
         "commit": "abc",
         "machine": "a cpu",
         "content of fashion": "f",

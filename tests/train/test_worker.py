@@ -67,6 +67,7 @@ REPEATED = (
         "sei_stamps",
         "sei_fashion",
         "credit_flashes",
+        "memory_budget",
     ),
     "tuned_fashion",
     *(

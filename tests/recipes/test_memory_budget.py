@@ -1,0 +1,245 @@
+"""The study of memory budgets: its cells, equal seconds, its files of answers, its tables."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import budget_picture
+from pipeline.core.printing import new_console
+from pipeline.recipe import Recipe
+from pipeline.recipe.json import write_json
+from pipeline.train.evaluation import read_predictions
+from recipes.compare import memory_budget
+from recipes.compare.factorial_base import cell_name
+from recipes.compare.memory_budget import (
+    BATCH,
+    BUDGETS,
+    EVALUATED_ON,
+    FASHION,
+    FLASHES,
+    SECONDS,
+    SETS,
+    TRAINED_ON,
+    Row,
+    batch_seconds,
+    largest_micro_batches,
+    recipe,
+    report,
+    rules,
+    shared,
+    steps_in,
+    study,
+    table,
+)
+
+RULES = [*rules("fashion")]
+# Micro-batches of 2, 8 and 32 samples of BPTT's; one rule keeps half as much, one too much for 2.
+MICRO = {"BPTT": (2, 8, 32), "SLTT": (4, 16, 16), "OTTT": (0, 8, 32)}
+
+
+@pytest.fixture
+def speeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Made-up speeds of three rules, and a place for answers."""
+    cells = [
+        {
+            "set": of,
+            "budget": budget,
+            "rule": rule,
+            "micro_batch": size,
+            "bytes": size * 10**5,
+            "limit": budget * 10**5,
+            **({"seconds": 0.1 + 0.4 / size} if size else {}),
+        }
+        for of in SETS
+        for at, budget in enumerate(BUDGETS)
+        for rule in MICRO
+        for size in [MICRO[rule][at]]
+    ]
+    found = {"machine": {"cpu": "a cpu"}, "cells": cells}
+    monkeypatch.setattr(memory_budget, "measured", lambda: found)
+    monkeypatch.setattr(memory_budget, "ANSWERS", tmp_path / "answers")
+    return found
+
+
+def test_the_largest_micro_batch_divides_the_batch_and_keeps_no_more_than_bptt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Rules keep made-up bytes a + b B, so the largest B is known."""
+    bytes_of = dict.fromkeys(RULES, (100, 100)) | {"SLTT": (150, 10), "BPTT-truncate": (301, 1)}
+    labels = {spec.build().label: name for name, spec in rules("fashion").items()}
+    monkeypatch.setattr(memory_budget, "FakeBench", lambda recipe, samples: samples)
+
+    def count(samples: int, rule: Any) -> Any:
+        fixed, each = bytes_of[labels[rule.build().label]]
+        return SimpleNamespace(all_bytes=fixed + each * samples)
+
+    monkeypatch.setattr(memory_budget, "count_rule", count)
+    cells = largest_micro_batches("fashion")
+    assert [(cell["budget"], cell["rule"]) for cell in cells] == [
+        (budget, rule) for budget in BUDGETS for rule in RULES
+    ]
+    found = {(cell["budget"], cell["rule"]): cell for cell in cells}
+    assert [found[budget, "BPTT"]["micro_batch"] for budget in BUDGETS] == [2, 8, 32]
+    # (100 + 100 * 2 - 150) / 10 = 15; a divisor of 96 below it is 12.
+    assert [found[budget, "SLTT"]["micro_batch"] for budget in BUDGETS] == [12, 48, 96]
+    assert [found[budget, "BPTT-truncate"]["micro_batch"] for budget in BUDGETS] == [0, 96, 96]
+    assert found[2, "SLTT"]["bytes"] == 270 and found[2, "SLTT"]["limit"] == 300
+
+
+def test_equal_seconds_become_steps(speeds: Any) -> None:
+    made = [each for each in recipe().recipes if each.seed == 1]
+    found = {(Path(each.data.kwargs["folder"]).name, each.micro_batch) for each in made}
+    sizes = {size for of_rule in MICRO.values() for size in of_rule} - {0}
+    assert found == {(of, size) for of in SETS for size in sizes}
+    # Two budgets in which a rule has one micro-batch share its run.
+    assert len(made) == 2 * (3 + 2 + 2) and len(recipe().recipes) == 5 * len(made)
+    for each in made:
+        of = Path(each.data.kwargs["folder"]).name
+        assert each.micro_batch is not None and each.stop_after is not None
+        seconds = 0.1 + 0.4 / each.micro_batch
+        assert abs(each.stop_after * seconds - SECONDS[of]) <= seconds / 2
+        per_epoch = TRAINED_ON[of] // BATCH
+        assert (each.epochs - 1) * per_epoch < each.stop_after <= each.epochs * per_epoch
+    assert [steps_in(180.0, each) for each in (0.1, 7.0, 1000.0)] == [1800, 26, 1]
+
+
+@pytest.mark.parametrize("of", SETS)
+def test_cells_of_a_set_differ_in_what_is_compared_alone(of: str) -> None:
+    made = [shared(of, rule) for rule in RULES]
+    steps = made[0].time_steps
+    for each in made:
+        written, other = (x.to_json()["recipe"] for x in (each, made[0]))
+        assert {name for name in written if written[name] != other[name]} <= {"rule", "optimizer"}
+        assert replace(each, micro_batch=4).split(1).accumulation == BATCH // 4
+        assert not any("Norm" in type(part).__name__ for part in each.model.build().modules())
+    labels = ["BPTT", "BPTT-recompute", f"BPTT-truncate-{steps // 2}", "SLTT", "SLTT-1", "OTTT-A"]
+    assert [each.rule.build().label for each in made] == labels
+    rates = {rule: each.optimizer.kwargs["lr"] for rule, each in zip(RULES, made, strict=True)}
+    assert rates["BPTT"] == rates["BPTT-recompute"] and rates["SLTT"] == rates["SLTT-1"]
+
+
+def test_speeds_are_medians_of_rounds_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+
+    def bench(recipe: Recipe) -> Any:
+        def seconds(rule: Any, *, batches: int, accumulation: int) -> dict[str, float]:
+            calls.append((recipe.name, accumulation))
+            turn = sum(name == recipe.name for name, _ in calls)
+            return {"forward": 2.0**turn, "optimizer": 0.5, "communication": 100.0}
+
+        return SimpleNamespace(seconds=seconds)
+
+    monkeypatch.setattr(memory_budget, "Bench", bench)
+    recipes = {
+        rule: replace(shared(FASHION, rule), name=rule, micro_batch=8) for rule in ("BPTT", "SLTT")
+    }
+    found, _ = batch_seconds(torch.device("cpu"), recipes)
+    assert found == {rule: {"batch": 8.5} for rule in recipes}  # 2, 4, 8, 16, 32
+    names = [each.name for each in recipes.values()]
+    turns = [names, names[::-1], names, names[::-1], names]
+    assert calls == [(name, 12) for turn in turns for name in turn]
+
+
+SHARES = {"fashion, BPTT, 2": 0.7, "fashion, SLTT, 4": 0.8}  # of right answers; others .75
+
+
+def made_up(folder: Path, seed: int, *, cpu: str = "a cpu") -> dict[str, Path]:
+    rng, runs = np.random.default_rng(seed), {}
+    for cell in study().cells_of[seed]:
+        name = study().run_name(cell, seed)
+        runs[name] = run = folder / name
+        run.mkdir(parents=True)
+        made = replace(memory_budget.trained(cell), name=name, seed=seed)
+        write_json(run / "recipe.json", made.to_json())
+        samples = EVALUATED_ON[cell[0]]
+        target = rng.integers(0, 8, samples)
+        right = rng.random(samples) < SHARES.get(cell_name(cell), 0.75)
+        top = np.where(right, target, 8)[:, None]
+        arrays = {"index": np.arange(samples), "target": target, "top": top}
+        np.savez(run / "answers.npz", **arrays, probability=np.ones((samples, 1)))
+        summary = {"commits": ["abc"], "data_fingerprint": cell[0], "hardware": {"cpu": cpu}}
+        write_json(run / "summary.json", {**summary, "train_s": 100.0 + seed})
+    return runs
+
+
+def by_cell(rows: Sequence[Row]) -> dict[tuple[str, int, str], Row]:
+    return {(row.of, row.budget, row.rule): row for row in rows}
+
+
+def test_the_report_of_made_up_runs(
+    speeds: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = {name: run for seed in (0, 1, 2) for name, run in made_up(tmp_path, seed).items()}
+    (tmp_path / "budget-2-flashes-16-4-bptt-8" / "summary.json").unlink()  # is not over
+    diverged = {"event": "diverged", "error": "NaN", "time": 0.0, "attempt": 0}
+    journal = tmp_path / "budget-1-flashes-16-4-ottt-32" / "journal.jsonl"
+    journal.write_text(json.dumps(diverged) + "\n")
+    report(runs, new_console())
+    out = capsys.readouterr().out
+    assert "budget: seed 1 lacks flashes-16-4, OTTT, 32: it diverged." in out
+    assert "holds no sample" in out and "best form of BPTT" in out
+    names = {each.name for each in memory_budget.ANSWERS.iterdir()}
+    assert names == {"seed-0.json", "seed-1.json"}
+    rows = by_cell(table())
+
+    def top1(rule: str) -> list[float]:
+        folders = [runs[f"budget-{seed}-fashion-{rule}"] for seed in range(2)]
+        right = [read_predictions(folder / "answers.npz").is_correct for folder in folders]
+        return [100 * float(each.mean()) for each in right]
+
+    bptt, sltt = rows[FASHION, 2, "BPTT"], rows[FASHION, 2, "SLTT"]
+    assert sltt.top1 == pytest.approx(top1("sltt-4")) and bptt.less is None
+    assert sltt.less is not None
+    points, low, high = sltt.less
+    assert points == pytest.approx(np.subtract(top1("sltt-4"), top1("bptt-2")).mean())
+    assert low < points < high and sltt.train_s == 100.5
+    assert sltt.steps == round(SECONDS[FASHION] / 0.2)
+    assert rows[FASHION, 2, "OTTT"].top1 == ()
+    assert rows[FASHION, 8, "SLTT"].top1 == rows[FASHION, 32, "SLTT"].top1
+    assert len(rows[FLASHES, 32, "OTTT"].top1) == 1 and len(rows[FLASHES, 32, "SLTT"].top1) == 2
+
+
+def test_the_best_form_of_bptt_is_what_others_are_compared_with(
+    speeds: Any, tmp_path: Path
+) -> None:
+    for cell in speeds["cells"]:
+        cell["rule"] = {"OTTT": "BPTT-recompute"}.get(cell["rule"], cell["rule"])
+    report(made_up(tmp_path, 0) | made_up(tmp_path, 1), new_console())
+    rows = by_cell(table())
+    for budget in (8, 32):
+        forms = [rows[FASHION, budget, rule] for rule in ("BPTT", "BPTT-recompute")]
+        best = max(forms, key=lambda row: np.mean(row.top1))
+        assert [row.less is None for row in forms] == [row is best for row in forms]
+        sltt = rows[FASHION, budget, "SLTT"]
+        assert sltt.less is not None
+        assert sltt.less[0] == pytest.approx(np.subtract(sltt.top1, best.top1).mean())
+
+
+def test_runs_of_another_machine_are_refused(speeds: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="on the machine of the measured speeds, a cpu; got anot"):
+        report(made_up(tmp_path, 0, cpu="another cpu"), new_console())
+    with pytest.raises(ValueError, match="measured before the first run"):
+        memory_budget.measure()
+
+
+def test_the_picture_is_what_the_command_draws(
+    speeds: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report(made_up(tmp_path, 0) | made_up(tmp_path, 1), new_console())
+    for name in ("one.svg", "other.svg"):
+        budget_picture.draw(table(), tmp_path / name)
+    drawn = (tmp_path / "one.svg").read_text()
+    assert drawn == (tmp_path / "other.svg").read_text()
+    assert all(f">{text}<" in drawn for text in (*MICRO, "0.2", "fashion, 150 s of training"))
+    monkeypatch.undo()
+    committed = budget_picture.DOCS / "budget.svg"
+    if committed.exists():
+        budget_picture.draw(table(), tmp_path / "budget.svg")
+        assert (tmp_path / "budget.svg").read_text() == committed.read_text()
