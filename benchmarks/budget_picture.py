@@ -11,11 +11,12 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from benchmarks.memory_picture import DOCS, save
+from pipeline.core.printing import new_console
 from recipes.compare.memory_budget import EVALUATED_ON, FASHION, SECONDS, SETS, Row, rules, table
 
 
 def main() -> None:
-    draw(table(), DOCS / "budget.svg")
+    draw(table(new_console()), DOCS / "budget.svg")
 
 
 def draw(rows: Sequence[Row], out: Path) -> None:

@@ -23,14 +23,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# The numbers of the draws. A new use takes new numbers. Existing numbers never change. Two pairs of
-# uses share numbers, because no data set has both: moving shapes and saccades; ORDER and the images
-# that are stored as JPEG. Some numbers are in the modules that use them:
+# The numbers of the draws. A new use takes new numbers. Existing numbers never change. Three pairs
+# of uses share numbers, because no data set has both: moving shapes and saccades; flashes and
+# stamps; ORDER and the images that are stored as JPEG. These numbers are in the modules that use
+# them:
 #     0                            data/write/images.py, the images that mode "mixed" stores as JPEG
 #     64 to 68                     data/datasets/synthetic.py
 #     80                           data/datasets/tasks.py
 #     256 to 262, 512 to 1311      data/write/generated_events.py, moving shapes
 #     768, 1024 to 1423            data/write/generated_events.py, saccades
+#     1536 to 1543, 2048 upwards   data/write/generated_events.py, flashes
 #     2048 to 2057                 data/write/stamps.py
 ORDER, FLIP, SHIFT_Y, SHIFT_X = 0, 1, 2, 3
 CUTOUT_Y, CUTOUT_X = 4, 5

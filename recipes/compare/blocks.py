@@ -3,9 +3,10 @@
     study = Blocks(name="sei-fashion", folder=Path(...), cells_of={0: (("real", "labels"), ...)},
                    recipe_of=trained, samples=10_000)
 
-A launch trains the seeds whose file is missing. A file `seed-N.json` holds a bit for each
-evaluation sample and cell, and what the runs of the block have in common. So a study goes on over
-days and machines, and differences are taken within blocks.
+A launch trains the seeds whose file is missing; without the folder it trains all. A file
+`seed-N.json` holds a bit for each evaluation sample and cell, and what the runs of the block have
+in common. So a study goes on over days and machines, and differences are taken within blocks. No
+table is printed before all seeds have answers.
 """
 
 # N samples, S seeds, R resamples, V different values
@@ -13,7 +14,6 @@ days and machines, and differences are taken within blocks.
 import hashlib
 import json
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +46,8 @@ class Blocks:
     recipe_of: the recipe of a cell; its name and seed are set here
     samples: by the name of a data folder: of its evaluation set, which every run must have answered
         in order; multiples of 8
-    least_teacher: the top-1 in 0..1 that a teacher of the runs must have had in its own run
+    teacher: the recipe of the teacher of the runs that have one, and the top-1 in 0..1 that its own
+        run must have reached
     """
 
     name: str
@@ -54,7 +55,7 @@ class Blocks:
     cells_of: Mapping[int, tuple[Cell, ...]]
     recipe_of: Callable[[Cell], Recipe]
     samples: Mapping[str, int]
-    least_teacher: float = 0.0
+    teacher: tuple[Recipe, float] | None = None
 
     def recipes(self) -> list[Recipe]:
         """Of all cells of the seeds that have no answers; of all seeds once each has."""
@@ -91,19 +92,40 @@ class Blocks:
 
     def written(self) -> dict[int, dict[str, Any]]:
         """The content of each seed's file: what its runs have in common, and by the name of a cell
-        their seconds of training and their answers.
+        the hash of its recipe, seconds of training and answers.
+
+        Raises: ValueError for answers of another recipe than a cell's, or of several contents of a
+            data folder.
         """
         files = {seed: self._file(seed) for seed in self.cells_of}
-        return {seed: read_json(file) for seed, file in files.items() if file.exists()}
+        blocks = {seed: read_json(file) for seed, file in files.items() if file.exists()}
+        recipes = {cell_name(cell): _hash(self.recipe_of(cell)) for cell in self._all_cells()}
+        contents: dict[str, str] = {}
+        for seed, block in blocks.items():
+            for cell, found in block["recipes"].items():
+                require(
+                    found == recipes[cell],
+                    f"{self.name}: the answers of seed {seed} must be of today's recipe of {cell}",
+                )
+            for folder, content in block["contents"].items():
+                require(
+                    content == contents.setdefault(folder, content),
+                    f"{self.name}: the answers of seed {seed} must be on the {folder} of others",
+                )
+        return blocks
 
-    def read(self) -> dict[int, Answers]:
-        """The answers of each seed that has a file."""
+    def read(self, console: Console) -> dict[int, Answers]:
+        """The answers of all seeds. Before all seeds have some: {}, and a line, so that no result
+        is seen while settings may still change.
+        """
+        blocks = self.written()
+        if len(blocks) < len(self.cells_of):
+            say(console, f"{self.name}: {len(blocks)} of {len(self.cells_of)} seeds have answers.")
+            return {}
         right = {}
-        for seed, block in self.written().items():
-            packed = {
-                cell: np.frombuffer(bytes.fromhex(x), np.uint8)
-                for cell, x in block["cells"].items()
-            }
+        for seed, block in blocks.items():
+            texts: dict[str, str] = block["cells"]
+            packed = {cell: np.frombuffer(bytes.fromhex(x), np.uint8) for cell, x in texts.items()}
             right[seed] = {cell: np.unpackbits(x).astype(bool) for cell, x in packed.items()}
         return right
 
@@ -117,6 +139,9 @@ class Blocks:
     def _file(self, seed: int) -> Path:
         return self.folder / f"seed-{seed}.json"
 
+    def _all_cells(self) -> set[Cell]:
+        return {cell for cells in self.cells_of.values() for cell in cells}
+
     def run_name(self, cell: Cell, seed: int) -> str:
         words = "-".join((self.name, str(seed), *cell))
         return words.lower().replace(", ", "-").replace(" ", "-")
@@ -127,51 +152,78 @@ class Blocks:
     def _block(self, seed: int, runs: Mapping[Cell, Path]) -> dict[str, Any]:
         """The content of a seed's file.
 
-        Raises: ValueError for a run of another recipe than its cell's or on other samples, for
-            runs of several commits, contents, machines or teachers, and for a teacher below
-            `least_teacher`.
+        Raises: ValueError for a run of another recipe than its cell's, of several workers or on
+            other samples, for runs of several contents, machines or teachers, and for a teacher of
+            another recipe or below its top-1.
         """
-        shared: dict[str, set[Any]] = defaultdict(set)
-        answers: dict[str, str] = {}
-        seconds: dict[str, float] = {}
+        machines: set[str] = set()
+        teachers: set[tuple[str, float]] = set()
+        block: dict[str, Any] = {"recipes": {}, "contents": {}, "train_s": {}, "cells": {}}
+        commits: set[str] = set()
         for cell, run in runs.items():
             found, summary = Recipe.read(run / "recipe.json"), read_json(run / "summary.json")
-            require(
-                _without_paths(found) == _without_paths(self._recipe(cell, seed)),
-                f"{self.name}: {run.name} must have the recipe of its cell and seed",
-            )
-            predictions = read_predictions(run / "answers.npz")
-            folder = Path(found.data.kwargs["folder"]).name
-            require(
-                np.array_equal(predictions.index, np.arange(self.samples[folder])),
-                f"{self.name}: {run.name} must have answered {self.samples[folder]:,} samples",
-            )
-            shared["commit"] |= {*summary["commits"]}
-            shared["machine"].add(summary["hardware"]["cpu"])
-            shared[f"content of {folder}"].add(summary["data_fingerprint"])
+            name, folder = cell_name(cell), Path(found.data.kwargs["folder"]).name
+            right = read_predictions(run / "answers.npz")
+            content = summary["data_fingerprint"]
+            for words, holds in {
+                "have the recipe of its cell and seed": (
+                    _without_paths(found) == _without_paths(self._recipe(cell, seed))
+                ),
+                "have one worker and one start": (
+                    summary["world_size"] == len(summary["trained_on"]) == 1
+                ),
+                f"have answered {self.samples[folder]:,} samples": (
+                    np.array_equal(right.index, np.arange(self.samples[folder]))
+                ),
+                f"have the content of the others' {folder}": (
+                    content == block["contents"].setdefault(folder, content)
+                ),
+            }.items():
+                require(holds, f"{self.name}: {run.name} must {words}")
             if found.teacher is not None:
-                weights = Path(found.teacher.kwargs["weights"])
-                shared["teacher"].add(hashlib.sha256(weights.read_bytes()).hexdigest())
-                shared["top-1 of the teacher"].add(top1_of(weights.parent))
-            seconds[cell_name(cell)] = round(summary["train_s"], 1)
-            answers[cell_name(cell)] = np.packbits(predictions.is_correct).tobytes().hex()
-        for what, values in shared.items():
+                teachers.add(self._teacher(Path(found.teacher.kwargs["weights"])))
+            commits |= {*summary["commits"]}
+            machines.add("{cpu}, torch {torch}".format(**summary["hardware"]))
+            block["recipes"][name] = _hash(found)
+            block["train_s"][name] = round(summary["train_s"], 1)
+            block["cells"][name] = np.packbits(right.is_correct).tobytes().hex()
+        for what, values in (("machine", machines), ("teacher", teachers)):
             require(
-                len(values) == 1,
+                len(values) <= 1,
                 f"{self.name}: the runs of a seed must have one {what}; got {sorted(values)}",
             )
-        block = {what: values.pop() for what, values in shared.items()}
-        top1 = block.get("top-1 of the teacher", 1.0)
+        return {
+            "commits": sorted(commits),
+            "machine": "".join(machines),
+            "teacher": [*teachers],
+            **block,
+        }
+
+    def _teacher(self, weights: Path) -> tuple[str, float]:
+        """The hash of a teacher's weights, and the top-1 of its own run."""
+        assert self.teacher is not None, "a study of runs with a teacher names its recipe"
+        recipe, least = self.teacher
+        top1 = top1_of(weights.parent) or 0.0
         require(
-            top1 >= self.least_teacher,
-            f"{self.name}: the teacher must reach {self.least_teacher:.1%}; got {top1:.2%}",
+            _without_paths(Recipe.read(weights.parent / "recipe.json")) == _without_paths(recipe),
+            f"{self.name}: the teacher {weights.parent.name} must have the recipe of the study's",
         )
-        return {**block, "train_s": seconds, "cells": answers}
+        require(
+            top1 >= least,
+            f"{self.name}: the teacher must reach {least:.1%}; got {top1:.2%}",
+        )
+        return hashlib.sha256(weights.read_bytes()).hexdigest(), top1
 
 
 def _without_paths(recipe: Recipe) -> Recipe:
     taught_by = recipe.teacher and recipe.teacher.with_(weights="", cache=None)
     return replace(recipe, data=recipe.data.with_(folder=""), teacher=taught_by)
+
+
+def _hash(recipe: Recipe) -> str:
+    """Of all that decides a cell's results but its seed."""
+    shared = replace(_without_paths(recipe), name="cell", seed=0).to_json()
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def interval(

@@ -235,26 +235,23 @@ class Row:
 def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
     """Write the answers of each complete seed, and print the tables of all that are written."""
     study().write(runs, console)
-    rows = table()
-    if not rows:
-        say(console, "No seed is complete.")
-        return {}
-    for of in SETS:
+    rows = table(console)
+    for of in SETS if rows else ():
         render([each for each in rows if each.of == of], console)
     return {"rows": [asdict(each) for each in rows]}
 
 
-def table() -> list[Row]:
-    """A row for each set, budget and rule, of all seeds with answers.
+def table(console: Console) -> list[Row]:
+    """A row for each set, budget and rule; none before all seeds have answers.
 
     Raises: ValueError for answers of another machine than that of the speeds.
     """
-    blocks, right, draw = study().written(), study().read(), np.random.default_rng(0)
+    blocks, right, draw = study().written(), study().read(console), np.random.default_rng(0)
+    machine = "{cpu}, torch {torch}".format(**measured()["machine"])
     for block in blocks.values():
-        cpu = measured()["machine"]["cpu"]
         require(
-            block["machine"] == cpu,
-            f"{NAME}: runs must be on the machine of the measured speeds, {cpu}; got"
+            block["machine"] == machine,
+            f"{NAME}: runs must be on the machine of the measured speeds, {machine}; got"
             f" {block['machine']}",
         )
     top1 = {
@@ -276,6 +273,8 @@ def table() -> list[Row]:
                 seconds = [x["train_s"][name] for x in blocks.values() if name in x["train_s"]]
                 pairs = [(x[name], x[best]) for x in right.values() if {name, best} <= x.keys()]
                 value_SN = 100.0 * np.array([one.astype(int) - other for one, other in pairs])
+                if of == FLASHES:  # recordings 2 m and 2 m + 1 depend on one another
+                    value_SN = value_SN.reshape(len(pairs), -1, 2).mean(2)
                 is_compared = name != best and len(pairs) > 0
                 row = replace(
                     row,

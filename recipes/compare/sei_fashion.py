@@ -10,8 +10,8 @@ Result:   not trained yet; the design is in docs/LOG.md, "The design of the stud
 
 A block is all cells of one seed; its answers stand in sei_fashion_answers (blocks.py). A launch
 trains the seeds that have none. Its report, and the second command at any time, write the
-answers of each complete seed and print the tables. Settings were chosen on a held-out tenth of the
-training set (sei_fashion_rates.py, sei_fashion_temperature.py).
+answers of each complete seed. Settings were chosen on a held-out tenth of the training set
+(sei_fashion_rates.py, sei_fashion_temperature.py).
 """
 
 from collections.abc import Mapping
@@ -134,16 +134,15 @@ STUDY = Blocks(
     cells_of=CELLS_OF,
     recipe_of=trained,
     samples={"fashion": 10_000},
-    least_teacher=0.935,
+    teacher=(teacher(), 0.935),
 )
 
 
 def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
-    """Write the answers of each complete seed, and print the tables of all that are written."""
+    """Write the answers of each complete seed, and print the tables once all seeds have some."""
     STUDY.write(runs, console)
-    right = STUDY.read()
+    right = STUDY.read(console)
     if not right:
-        say(console, "No seed is complete.")
         return {}
     table = contrasts_of(right)
     render(table, right, console)

@@ -13,7 +13,7 @@ from scipy import stats
 from pipeline.core.printing import new_console
 from pipeline.spiking.neuron import LIF, PLIF
 from recipes.compare import credit_flashes, credit_flashes_rates
-from recipes.compare.blocks import Answers
+from recipes.compare.blocks import Answers, _hash
 from recipes.compare.credit_flashes import (
     CELLS,
     PAIRS,
@@ -23,6 +23,8 @@ from recipes.compare.credit_flashes import (
     Advice,
     Loss,
     advice_of,
+    clock_bound,
+    holds,
     losses_of,
     neurons_of,
     trained,
@@ -32,9 +34,9 @@ from recipes.compare.factorial_base import cell_name
 
 def test_the_runs_of_a_set_share_all_but_rule_neuron_and_rate() -> None:
     made = credit_flashes.recipe().recipes
-    assert len(made) == 118 and {each.seed for each in made} == {0, 1}
+    assert len(made) == 177 and {each.seed for each in made} == {0, 1, 2}
     flashes = [each for each in made if "flashes" in each.name]
-    assert len(flashes) == 108 and {2 * gap < T for T, gap in PAIRS} == {True}
+    assert len(flashes) == 162 and {2 * gap < T for T, gap in PAIRS} == {True}
     for name, label in CELLS:
         recipe, baseline = trained((name, label)), trained((name, neurons_of(label)))
         rate = {"optimizer": baseline.optimizer}
@@ -81,23 +83,40 @@ def test_what_a_rule_loses_has_an_interval_of_pooled_seeds_and_of_pairs() -> Non
     rng, held, squares = np.random.default_rng(0), [], []
     lost = dict.fromkeys((*SETS, "fashion"), 5.0)
     for _ in range(40):
-        right = {seed: answers(rng, lost, per_seed=2.0) for seed in (0, 1)}
+        right = {seed: answers(rng, lost, per_seed=2.0) for seed in range(3)}
         losses = losses_of(right, SAME)
         held += [each.low <= 5.0 <= each.high for each in losses]
-        squares += [((x.high - x.low) / 2) ** 2 for x in losses if x.rule == "truncated BPTT"]
+        squares += [((x.high - x.low) / 2) ** 2 for x in losses if x.name != "fashion"]
     assert np.mean(held) >= 0.93
     # Of a seed: the planted deviation, and the chance of 4,000 answers of both rules.
     chance = 100**2 * (0.94 * 0.06 + 0.99 * 0.01)
-    student, normal = stats.t.ppf(0.975, len(SETS)), stats.norm.ppf(0.975)
-    expected = student**2 * (4 + chance / 4000) / 2 + normal**2 * chance / 2 / 4000
-    assert np.mean(squares) == pytest.approx(expected, rel=0.15)
+    student, normal = stats.t.ppf(0.975, 4), stats.norm.ppf(0.975)
+    expected = student**2 * (4 + chance / 4000) / 3 + normal**2 * chance / 3 / 4000
+    assert np.mean(squares) == pytest.approx(expected, rel=0.1)
+
+
+def test_a_set_has_its_own_variance_and_a_diverged_run_leaves_its_seed_out() -> None:
+    rng, lost = np.random.default_rng(0), dict.fromkeys((*SETS, "fashion"), 5.0)
+    right = {seed: answers(rng, lost, per_seed=0.0) for seed in range(3)}
+    width = {each.name: each.high - each.low for each in losses_of(right, SAME)}
+    right[1]["flashes-32-1, SLTT"][:2000] = False
+    del right[2]["flashes-16-1, OTTT"]
+    del right[2]["flashes-8-1, OTTT"], right[1]["flashes-8-1, OTTT"]
+    found = {(each.name, each.rule): each for each in losses_of(right, SAME)}
+    wider = [
+        name
+        for name in width
+        if found[name, "SLTT"].high - found[name, "SLTT"].low > 2 * width[name]
+    ]
+    assert wider == ["flashes-32-1"]
+    assert ("flashes-16-1", "OTTT") in found and ("flashes-8-1", "OTTT") not in found
 
 
 def test_answers_of_a_pair_count_as_one() -> None:
     """Recordings whose answers repeat those of their reversal say nothing more."""
     rng = np.random.default_rng(0)
     lost = dict.fromkeys((*SETS, "fashion"), 5.0)
-    once = {seed: answers(rng, lost, per_seed=0.0) for seed in (0, 1)}
+    once = {seed: answers(rng, lost, per_seed=0.0) for seed in range(3)}
     single = {s: {cell: x.repeat(2) for cell, x in right.items()} for s, right in once.items()}
     both = {s: {cell: np.tile(x, 2) for cell, x in right.items()} for s, right in once.items()}
     widths = [
@@ -129,8 +148,26 @@ def test_the_threshold_is_most_often_right_on_decided_cells_of_rules_without_tim
         loss("SLTT", 0.5, "unsafe", after=0.6),
     ]
     assert advice_of(swapped) == Advice("share after", pytest.approx(0.35))
-    nothing_safe = [loss("SLTT", 0.2, "unsafe"), loss("SLTT", 0.4, "unsafe")]
-    assert all(map(advice_of(nothing_safe).is_right, nothing_safe))
+    assert advice_of([loss("SLTT", 0.2, "unsafe"), loss("SLTT", 0.4, "unsafe")]) is None
+
+
+def test_advice_holds_from_8_of_10_decided_cells_on_with_3_of_each_kind() -> None:
+    def judged(count: int, share: float, kind: str) -> list[Loss]:
+        return [replace(loss("SLTT", share, kind), name="flashes-32-1") for _ in range(count)]
+
+    advice, safe = Advice("share before", 0.5), judged(3, 0.2, "safe")
+    assert holds(advice, [*safe, *judged(5, 0.8, "unsafe"), *judged(2, 0.3, "unsafe")])
+    assert not holds(advice, [*safe, *judged(4, 0.8, "unsafe"), *judged(3, 0.3, "unsafe")])
+    assert not holds(advice, [*safe[:2], *judged(8, 0.8, "unsafe")])
+    assert not holds(advice, [*safe, *judged(6, 0.8, "unsafe")])
+    assert not holds(advice, [*safe, *judged(7, 0.8, "undecided")])
+
+
+@pytest.mark.parametrize(("T", "gap"), PAIRS)
+def test_the_bound_of_a_reader_that_knows_the_time(T: int, gap: int) -> None:
+    """Counted over the places of the first flash, which are as many as `T - gap`."""
+    known = [t < gap or t + gap >= T - gap for t in range(T - gap)]
+    assert clock_bound(T, gap) == pytest.approx((1 + np.mean(known)) / 2)
 
 
 def test_the_report_tells_losses_and_how_often_the_advice_is_right(
@@ -144,14 +181,17 @@ def test_the_report_tells_losses_and_how_often_the_advice_is_right(
     found = probes(lambda name: 0.2 if lost[name] == 0 else 0.8)
     credit_flashes.write_json(credit_flashes.PROBES, found)
     assert credit_flashes.report({}, new_console()) == {}
-    assert "0 of 2 seeds are complete." in capsys.readouterr().out
-    for seed in (0, 1):
+    assert "credit: 0 of 3 seeds have answers." in capsys.readouterr().out
+    hashes = {cell_name(cell): _hash(trained(cell)) for cell in CELLS}
+    for seed in range(3):
         right = answers(rng, lost, per_seed=0.0)
         cells = {cell: np.packbits(each).tobytes().hex() for cell, each in right.items()}
-        credit_flashes.write_json(tmp_path / f"seed-{seed}.json", {"cells": cells})
+        block = {"recipes": hashes, "contents": {}, "cells": cells}
+        credit_flashes.write_json(tmp_path / f"seed-{seed}.json", block)
     found = credit_flashes.report({}, new_console())
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert found["advice"] == {"sign": "share before", "threshold": pytest.approx(0.5)}
-    assert "is called safe where share before training is at most 0.50" in " ".join(out.split())
-    judged = r"judgement is on: right in (\d) of \1 safe and 9 of 9 unsafe cells"
-    assert re.search(judged, " ".join(out.split()))
+    assert "a rule is safe where share before training is at most 0.50" in out
+    assert re.search(r"right in (\d) of \1 safe on T = 8 and 16, 9 of 9 unsafe on T", out)
+    assert re.search(r"(\d) of \1 safe on the judged part, 9 of 9 unsafe on the judged", out)
+    assert "It holds." in out and "By a cosine of 0.9" in out

@@ -62,8 +62,9 @@ def speeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         for rule in MICRO
         for size in [MICRO[rule][at]]
     ]
-    found = {"machine": {"cpu": "a cpu"}, "cells": cells}
+    found = {"machine": {"cpu": "a cpu", "torch": "2"}, "cells": cells}
     monkeypatch.setattr(memory_budget, "measured", lambda: found)
+    monkeypatch.setattr(memory_budget, "SEEDS", range(2))
     monkeypatch.setattr(memory_budget, "ANSWERS", tmp_path / "answers")
     return found
 
@@ -99,7 +100,7 @@ def test_equal_seconds_become_steps(speeds: Any) -> None:
     sizes = {size for of_rule in MICRO.values() for size in of_rule} - {0}
     assert found == {(of, size) for of in SETS for size in sizes}
     # Two budgets in which a rule has one micro-batch share its run.
-    assert len(made) == 2 * (3 + 2 + 2) and len(recipe().recipes) == 5 * len(made)
+    assert len(made) == 2 * (3 + 2 + 2) and len(recipe().recipes) == 2 * len(made)
     for each in made:
         of = Path(each.data.kwargs["folder"]).name
         assert each.micro_batch is not None and each.stop_after is not None
@@ -164,8 +165,15 @@ def made_up(folder: Path, seed: int, *, cpu: str = "a cpu") -> dict[str, Path]:
         top = np.where(right, target, 8)[:, None]
         arrays = {"index": np.arange(samples), "target": target, "top": top}
         np.savez(run / "answers.npz", **arrays, probability=np.ones((samples, 1)))
-        summary = {"commits": ["abc"], "data_fingerprint": cell[0], "hardware": {"cpu": cpu}}
-        write_json(run / "summary.json", {**summary, "train_s": 100.0 + seed})
+        summary = {
+            "commits": ["abc"],
+            "data_fingerprint": cell[0],
+            "hardware": {"cpu": cpu, "torch": "2"},
+            "train_s": 100.0 + seed,
+            "world_size": 1,
+            "trained_on": [{}],
+        }
+        write_json(run / "summary.json", summary)
     return runs
 
 
@@ -176,8 +184,9 @@ def by_cell(rows: Sequence[Row]) -> dict[tuple[str, int, str], Row]:
 def test_the_report_of_made_up_runs(
     speeds: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = {name: run for seed in (0, 1, 2) for name, run in made_up(tmp_path, seed).items()}
-    (tmp_path / "budget-2-flashes-16-4-bptt-8" / "summary.json").unlink()  # is not over
+    runs = {name: run for seed in (0, 1) for name, run in made_up(tmp_path, seed).items()}
+    assert report({}, new_console()) == {"rows": []}
+    assert "budget: 0 of 2 seeds have answers." in capsys.readouterr().out
     diverged = {"event": "diverged", "error": "NaN", "time": 0.0, "attempt": 0}
     journal = tmp_path / "budget-1-flashes-16-4-ottt-32" / "journal.jsonl"
     journal.write_text(json.dumps(diverged) + "\n")
@@ -187,7 +196,7 @@ def test_the_report_of_made_up_runs(
     assert "holds no sample" in out and "best form of BPTT" in out
     names = {each.name for each in memory_budget.ANSWERS.iterdir()}
     assert names == {"seed-0.json", "seed-1.json"}
-    rows = by_cell(table())
+    rows = by_cell(table(new_console()))
 
     def top1(rule: str) -> list[float]:
         folders = [runs[f"budget-{seed}-fashion-{rule}"] for seed in range(2)]
@@ -212,7 +221,7 @@ def test_the_best_form_of_bptt_is_what_others_are_compared_with(
     for cell in speeds["cells"]:
         cell["rule"] = {"OTTT": "BPTT-recompute"}.get(cell["rule"], cell["rule"])
     report(made_up(tmp_path, 0) | made_up(tmp_path, 1), new_console())
-    rows = by_cell(table())
+    rows = by_cell(table(new_console()))
     for budget in (8, 32):
         forms = [rows[FASHION, budget, rule] for rule in ("BPTT", "BPTT-recompute")]
         best = max(forms, key=lambda row: np.mean(row.top1))
@@ -223,7 +232,7 @@ def test_the_best_form_of_bptt_is_what_others_are_compared_with(
 
 
 def test_runs_of_another_machine_are_refused(speeds: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="on the machine of the measured speeds, a cpu; got anot"):
+    with pytest.raises(ValueError, match="on the machine of the measured speeds, a cpu, torch 2"):
         report(made_up(tmp_path, 0, cpu="another cpu"), new_console())
     with pytest.raises(ValueError, match="measured before the first run"):
         memory_budget.measure()
@@ -234,12 +243,12 @@ def test_the_picture_is_what_the_command_draws(
 ) -> None:
     report(made_up(tmp_path, 0) | made_up(tmp_path, 1), new_console())
     for name in ("one.svg", "other.svg"):
-        budget_picture.draw(table(), tmp_path / name)
+        budget_picture.draw(table(new_console()), tmp_path / name)
     drawn = (tmp_path / "one.svg").read_text()
     assert drawn == (tmp_path / "other.svg").read_text()
     assert all(f">{text}<" in drawn for text in (*MICRO, "0.2", "fashion, 150 s of training"))
     monkeypatch.undo()
     committed = budget_picture.DOCS / "budget.svg"
     if committed.exists():
-        budget_picture.draw(table(), tmp_path / "budget.svg")
+        budget_picture.draw(table(new_console()), tmp_path / "budget.svg")
         assert (tmp_path / "budget.svg").read_text() == committed.read_text()

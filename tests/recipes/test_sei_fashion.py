@@ -100,11 +100,22 @@ def test_settings_are_tried_on_the_held_out_tenth_with_other_seeds() -> None:
     assert {each.objective.kwargs["temperature"] for each in trials} == {1, 4}
 
 
+SUMMARY = {
+    "commits": ["abc"],
+    "data_fingerprint": "f",
+    "hardware": {"cpu": "a cpu", "torch": "2"},
+    "train_s": 300.04,
+    "world_size": 1,
+    "trained_on": [{}],
+}
+
+
 def made_up(folder: Path, seed: int, *, top1: float = 0.94) -> dict[tuple[str, ...], Path]:
     """Finished runs of the four main cells, and of their teacher."""
     rng, alone = np.random.default_rng(seed), folder / "teacher"
     alone.mkdir(parents=True, exist_ok=True)
     (alone / "weights.safetensors").write_bytes(b"weights")
+    write_json(alone / "recipe.json", teacher().to_json())
     write_json(alone / "summary.json", {"top1": top1})
     runs = {}
     for cell in MAIN:
@@ -117,8 +128,7 @@ def made_up(folder: Path, seed: int, *, top1: float = 0.94) -> dict[tuple[str, .
         top = np.where(rng.random(10_000) < 0.9, target, 10)[:, None]
         arrays = {"index": np.arange(10_000), "target": target, "top": top}
         np.savez(run / "answers.npz", **arrays, probability=np.ones((10_000, 1)))
-        summary = {"commits": ["abc"], "data_fingerprint": "f", "hardware": {"cpu": "a cpu"}}
-        write_json(run / "summary.json", {**summary, "train_s": 300.04})
+        write_json(run / "summary.json", SUMMARY)
     return runs
 
 
@@ -136,48 +146,63 @@ def test_answers_are_written_for_complete_seeds_and_read_again(
     out = capsys.readouterr().out
     assert "sei-fashion: seed 8 lacks real, block, labels: it diverged." in out
     assert {each.name for each in study.folder.iterdir()} == {"seed-7.json", "seed-8.json"}
+    assert "sei-fashion: 2 of 10 seeds have answers." in out and "contrast" not in out
     block = json.loads((study.folder / "seed-7.json").read_text())
-    assert block.pop("cells").keys() == block.pop("train_s").keys() and block == {
-        "commit": "abc",
-        "machine": "a cpu",
-        "content of fashion": "f",
-        "teacher": hashlib.sha256(b"weights").hexdigest(),
-        "top-1 of the teacher": 0.94,
-    }
-    read = study.read()
+    assert block["commits"] == ["abc"] and block["machine"] == "a cpu, torch 2"
+    assert block["teacher"] == [[hashlib.sha256(b"weights").hexdigest(), 0.94]]
+    assert block["contents"] == {"fashion": "f"} and set(block["train_s"].values()) == {300.0}
+    both = replace(study, cells_of=dict.fromkeys((7, 8), MAIN))
+    read = both.read(new_console())
     for cell in MAIN:
         right = read_predictions(runs[7][cell] / "answers.npz").is_correct
         assert np.array_equal(read[7][", ".join(cell)], right)
     table = contrasts_of(read, resamples=50)
     assert (table.seeds[GAIN], table.seeds[INTERACTION]) == (2, 1)
+    monkeypatch.setitem(RATE, "real", 0.3)
+    with pytest.raises(ValueError, match="seed 7 must be of today's recipe of real, block, labels"):
+        both.read(new_console())
+    monkeypatch.undo()
+    other = {**block, "contents": {"fashion": "g"}}
+    (study.folder / "seed-8.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="answers of seed 8 must be on the fashion of others"):
+        both.read(new_console())
 
 
-@pytest.mark.parametrize("wrong", ["rate", "seed", "images", "commit", "teacher", "weak teacher"])
-def test_answers_of_other_runs_are_refused(wrong: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ("optimizer.lr", "must have the recipe of its cell and seed"),
+        ("seed", "must have the recipe of its cell and seed"),
+        ("images", "must have answered 10,000 samples"),
+        ("content", "must have the content of the others' fashion"),
+        ("workers", "must have one worker and one start"),
+        ("machine", "must have one machine"),
+        ("teacher", "must have one teacher"),
+        ("weak teacher", "must reach 93.5%; got 93.00%"),
+        ("other teacher", "must have the recipe of the study's"),
+    ],
+)
+def test_answers_of_other_runs_are_refused(wrong: str, says: str, tmp_path: Path) -> None:
     study = replace(STUDY, folder=tmp_path / "answers")
     runs = made_up(tmp_path, 9, top1=0.93 if wrong == "weak teacher" else 0.94)
-    run, says = runs["real", "multiple", "teacher"], "one teacher"
-    if wrong == "weak teacher":
-        says = "must reach 93.5%; got 93.00%"
-    elif wrong in ("rate", "seed"):
-        made = Recipe.read(run / "recipe.json")
-        key = "optimizer.lr" if wrong == "rate" else "seed"
-        write_json(run / "recipe.json", made.override({key: 1}).to_json())
-        says = "must have the recipe of its cell and seed"
+    run, alone = runs["real", "multiple", "teacher"], tmp_path / "teacher"
+    made = Recipe.read(run / "recipe.json")
+    if wrong in ("optimizer.lr", "seed"):
+        write_json(run / "recipe.json", made.override({wrong: 1}).to_json())
     elif wrong == "images":
         np.savez(run / "answers.npz", index=[1], target=[1], top=[[1]], probability=[[1.0]])
-        says = "10,000"
-    elif wrong == "commit":
-        summary = json.loads((run / "summary.json").read_text())
-        write_json(run / "summary.json", {**summary, "commits": ["abc", "def"]})
-        says = "one commit"
-    else:
-        other = tmp_path / "other"
-        shutil.copytree(tmp_path / "teacher", other)
-        (other / "weights.safetensors").write_bytes(b"others")
-        made = Recipe.read(run / "recipe.json")
-        made = made.override({"teacher.weights": str(other / "weights.safetensors")})
-        write_json(run / "recipe.json", made.to_json())
+    elif wrong == "teacher":
+        other = shutil.copytree(alone, tmp_path / "other") / "weights.safetensors"
+        other.write_bytes(b"others")
+        write_json(run / "recipe.json", made.override({"teacher.weights": str(other)}).to_json())
+    elif wrong == "other teacher":
+        write_json(alone / "recipe.json", replace(teacher(), epochs=15).to_json())
+    changed = {
+        "content": {"data_fingerprint": "g"},
+        "workers": {"world_size": 2},
+        "machine": {"hardware": {"cpu": "another", "torch": "2"}},
+    }
+    write_json(run / "summary.json", {**SUMMARY, **changed.get(wrong, {})})
     with pytest.raises(ValueError, match=says):
         study.write({each.name: each for each in runs.values()}, new_console())
     assert not study.folder.exists()

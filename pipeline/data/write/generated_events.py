@@ -33,7 +33,9 @@ three events at each pixel of the shape, of one polarity. The 8 classes
 are four shapes, each with either half first. t is random. Recordings 2 m and 2 m + 1 are the exact
 reversal of one another: their slices are the same, in the opposite order. So any reader that maps
 slices one by one, without their times, and sums gives both the same answer, of which at most one is
-right. A reader that knows the time of a slice can do better if `gap` is half of the slices or more.
+right. Times tell the order: the first flash is early more often than the second, and a sum over
+slices that is weighted by their times tells which half was later. A network whose state starts at 0
+can carry the time, too.
 
 **Saccades** turns real images into input for event networks. Sums over time suffice to distinguish
 its classes. The image is in the middle of the sensor. The gaze follows a triangle, and each side
@@ -395,4 +397,8 @@ def add_noise(
 
 def _draw(recording: MovingShape | Flashes | Saccades, draw: Any, n: int) -> Any:
     """A whole number in 0..n-1 for the number of a draw, or for each in an array of them."""
-    return below(bits(recording.content_seed, recording.part, recording.number, draw), n)
+    seed = recording.content_seed
+    if isinstance(recording, Flashes):
+        # Sets of other slices and gaps do not have the same places and noise.
+        seed += 1024 * recording.slices + recording.gap
+    return below(bits(seed, recording.part, recording.number, draw), n)
