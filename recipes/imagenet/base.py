@@ -3,7 +3,10 @@ T = 6 from those weights.
 
 Published accuracies need both; the published hours are those of the second stage alone. As
 published, weight decay reaches biases and gains, and the rate changes once an epoch. The published
-code trains in fp16; here the precision is bf16."""
+code trains in fp16; here the precision is bf16.
+
+Each recipe of this folder has the hours and the memory of a card that `spiketrain plan RECIPE
+--workers 8 --device h100 --samples 1281167` estimates for its rule. No card has run them."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -11,6 +11,8 @@ Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, only its abstract is p
           0.1, 1e-5, batch 256, 125 epochs, and Liu et al. 2020 (ReActNet), arXiv:2003.03488, for
           the two stages, the teacher (a ResNet-34) and its loss.
 Result:   not run (nothing like it is published)
+Plan:     8 H100, estimated: 2.51, 2.57, 2.24 hours for its three runs, 2.16 GB a card; base.py has
+          the command, commit 71e17bd1
 """
 
 from timm.optim import create_optimizer_v2

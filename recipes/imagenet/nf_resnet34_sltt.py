@@ -8,6 +8,7 @@ Command:  spiketrain write folder --source imagenet --out data/imagenet --mode j
 Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311: batch 256, 30 epochs, SGD 0.001, no weight
           decay, decay 1/11.
 Result:   not run (target, published: 66.19 % top-1)
+Plan:     8 H100, estimated: 1.06 hours, 1.16 GB a card; base.py has the command, commit 71e17bd1
 """
 
 from pipeline.models.nf_resnet import nf_resnet34

@@ -8,6 +8,7 @@ Command:  spiketrain write folder --source imagenet --out data/imagenet --mode j
 Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311: batch 256, 30 epochs, SGD 0.001, no weight
           decay, decay 1/11.
 Result:   not run (target, unconfirmed: 67.02 % top-1)
+Plan:     8 H100, estimated: 2.52 hours, 2.64 GB a card; base.py has the command, commit 71e17bd1
 """
 
 from pipeline.models.nf_resnet import nf_resnet50

@@ -6,6 +6,7 @@ Command:  spiketrain write folder --source imagenet --out data/imagenet --mode j
 Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311: batch 256, 100 epochs, SGD 0.1, weight decay
           1e-5, decay 1/11.
 Result:   not run
+Plan:     8 H100, estimated: 1.47 hours, 3.07 GB a card; base.py has the command, commit 71e17bd1
 """
 
 from pipeline.models.nf_resnet import nf_resnet50

@@ -10,6 +10,8 @@ Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, only its abstract is p
           arXiv:2403.16552, and Liu et al. 2020 (ReActNet), arXiv:2003.03488. Reading B:
           qkformer_10_384_sei_bw_reading_b.py.
 Result:   not run (target, none is published for this width)
+Plan:     8 H100, estimated: 16, 8.03, 7.56 hours for its three runs, 13.4 GB a card; base.py has
+          the command, commit 71e17bd1
 """
 
 from pipeline.recipe import Suite

@@ -8,6 +8,8 @@ Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, only its abstract is p
           reconstruction as qkformer_10_384_sei_bw.py is, but the stream holds sums of spikes and
           their means over groups.
 Result:   not run (target, none is published for this width)
+Plan:     8 H100, estimated: 16.1, 8.09, 7.61 hours for its three runs, 13.7 GB a card; base.py has
+          the command, commit 71e17bd1
 """
 
 from pipeline.recipe import Suite

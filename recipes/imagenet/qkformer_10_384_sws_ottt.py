@@ -8,6 +8,7 @@ Source:   a construction of ours: Xiao et al. 2022 (OTTT), arXiv:2210.04195, for
           network of Zhou et al. 2024 (QKFormer), arXiv:2403.16552, with the standardised weights of
           Brock et al. 2021, arXiv:2101.08692, for batch norm.
 Result:   not run (nothing like it is published)
+Plan:     8 H100, estimated: 36.4 hours, 9.81 GB a card; base.py has the command, commit 71e17bd1
 """
 
 from dataclasses import replace

@@ -6,6 +6,7 @@ Command:  spiketrain write folder --source imagenet --out data/imagenet --mode j
 Source:   Zhou et al. 2024 (QKFormer), arXiv:2403.16552: AdamW 6e-4 for a batch of 256, weight decay
           0.05, 200 epochs, batch 576.
 Result:   not run (published of another setting, see qkformer_base.py: 84.22 % top-1)
+Plan:     8 H100, estimated: 18.7 hours, 30.7 GB a card; base.py has the command, commit 71e17bd1
 """
 
 from dataclasses import replace

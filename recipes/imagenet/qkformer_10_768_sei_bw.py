@@ -11,6 +11,8 @@ Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, only its abstract is p
           qkformer_10_384_sei_bw_reading_b.py.
 Result:   not run (published: 82.52 % top-1 at T = 2, for a Transformer that is not named; if it is
           built on the published QKFormer, its answers depend on the batch, see qkformer_base.py)
+Plan:     8 H100, estimated: 29.2, 14.7, 13.7 hours for its three runs, 30.3 GB a card; base.py has
+          the command, commit 71e17bd1
 """
 
 from pipeline.recipe import Suite

@@ -7,6 +7,7 @@ Command:  spiketrain write folder --source imagenet --out data/imagenet --mode j
 Source:   Meng et al. 2023 (SLTT-K), arXiv:2302.14311, for the rule; the rest as
           qkformer_10_768_bptt.py, whose study this is.
 Result:   not run (no target is published for this rule on this network)
+Plan:     8 H100, estimated: 15 hours, 20.1 GB a card; base.py has the command, commit 71e17bd1
 """
 
 from dataclasses import replace
