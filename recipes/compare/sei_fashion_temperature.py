@@ -5,7 +5,9 @@ Command:  spiketrain write fashion --out data/fashion
           spiketrain launch recipes/compare/sei_fashion_temperature.py --workers 1 --side-by-side
           auto
 Source:   ours
-Result:   not trained yet; the design is in docs/LOG.md, "The design of the study of 1-bit weights".
+Result:   temperature 1: real .9026, at 4 .8999; 1-bit .8931, at 4 .8896; 0.3139 nats at 1, as
+          smoothing of 0.0568; commit c70cf9dc, 2 cores of an AMD EPYC beside other programs, 20
+          minutes without the teacher.
 
 Cells with both ingredients, at the rates of sei_fashion.py. The report also prints the mean entropy
 of the teacher's answers to one epoch of training views, and the label smoothing whose targets are
