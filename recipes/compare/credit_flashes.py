@@ -6,14 +6,12 @@ Command:  for pair in 8-1 8-2 16-1 16-2 16-4 32-1 32-2 32-4 32-8; do
                   --samples 8000 --val-samples 4000 --out data/flashes-$pair
           done
           spiketrain launch recipes/compare/credit_flashes.py --workers 1 --side-by-side auto
-          python -m recipes.compare.credit_flashes RUNS
+          python -m benchmarks.credit_probes RUNS; python -m recipes.compare.credit_flashes RUNS
 Source:   set, network and comparison are ours; the rules are of Meng et al. 2023 (SLTT),
           arXiv:2302.14311, and Xiao et al. 2022 (OTTT), arXiv:2210.04195.
-Result:   not trained yet; the design is in docs/LOG.md, "The design of the study of credit over
-          time".
+Result:   not trained yet; design: docs/LOG.md, "The design of the study of credit over time".
 
-A block is all cells of one seed (blocks.py). The rates were chosen on a held-out tenth of the
-training sets (credit_flashes_rates.py).
+A block is all cells of one seed (blocks_base.py). credit_flashes_rates.py chose the rates.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,17 +28,14 @@ from scipy import stats
 from pipeline.core.checks import require
 from pipeline.core.printing import number, print_table, prose, say
 from pipeline.data.datasets.events import Events
-from pipeline.forecast.bench import Bench
-from pipeline.forecast.probe import SAFE as LEAST_COSINE
-from pipeline.measure.gradient_similarity import fidelity
 from pipeline.models.vgg import vgg_sws
 from pipeline.recipe import Recipe, Spec, Suite, spec
-from pipeline.recipe.json import read_json, write_json
+from pipeline.recipe.json import read_json
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF, PLIF
-from recipes.compare.blocks import Answers, Blocks
+from recipes.compare.blocks_base import Answers, Blocks
 from recipes.compare.factorial_base import cell_name
 from recipes.events.base import moving
 from recipes.fashion.base import fashion
@@ -113,12 +108,10 @@ STUDY = Blocks(
 def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
     """Write the answers of each complete seed, and print the tables once all seeds have some."""
     STUDY.write(runs, console)
-    if not PROBES.exists() and all(STUDY.run_name(cell, 0) in runs for cell in _baselines()):
-        write_json(PROBES, probe(runs))
     right = STUDY.read(console)
     if not right:
         return {}
-    require(PROBES.exists(), f"credit: {PROBES.name} must be made of the runs of seed 0")
+    require(PROBES.exists(), "credit: benchmarks.credit_probes must measure seed 0's runs first")
     losses = losses_of(right, read_json(PROBES))
     advice = advice_of([each for each in losses if not each.is_judged])
     render(right, losses, advice, console)
@@ -207,7 +200,7 @@ def _pairs(right_N: NDArray[np.bool_]) -> NDArray[np.float64]:
     return 100 * right_N.reshape(-1, 2).mean(1)
 
 
-def _baselines() -> list[tuple[str, str]]:
+def baselines() -> list[tuple[str, str]]:
     return [(name, rule) for name, rule in CELLS if rule == neurons_of(rule)]
 
 
@@ -216,30 +209,6 @@ def _signs(states: Mapping[str, Mapping[str, Mapping[str, float]]], rule: str) -
         **{f"share {state}": max(found[SHARE].values()) for state, found in states.items()},
         **{f"1 - cosine {state}": 1 - min(found[rule].values()) for state, found in states.items()},
     }
-
-
-def probe(runs: Mapping[str, Path]) -> Probes:
-    """What `spiketrain probe` measures on one batch, for each set and neurons: `before` training,
-    and `after` BPTT's run of seed 0.
-    """
-    probes: Probes = {}
-    for name, baseline in _baselines():
-        run = runs[STUDY.run_name((name, baseline), 0)]
-        made = Recipe.read(run / "recipe.json")
-        rules = [rule for each, rule in CELLS if each == name and neurons_of(rule) == baseline]
-        probes[cell_name((name, baseline))] = {
-            "before": _probe(made, rules),
-            "after": _probe(replace(made, init=str(run)), rules),
-        }
-    return probes
-
-
-def _probe(recipe: Recipe, rules: Sequence[str]) -> dict[str, dict[str, float]]:
-    bench = Bench(recipe, batch_size=64)
-    gradients = {rule: bench.gradients_of(RULES[rule][0]) for rule in rules}
-    bptt, sltt = (bench.gradients_of(spec(rule))[0] for rule in (BPTT, SLTT))
-    found = fidelity(bptt, sltt, gradients)
-    return {SHARE: found.temporal_share, **found.cosines}
 
 
 def decided(losses: Sequence[Loss]) -> list[Loss]:
@@ -309,7 +278,8 @@ def render(
     ]
     titles = ("lost to BPTT", "95 %", "", *losses[0].signs)
     print_table(console, (prose("set and rule"), *map(number, titles)), rows)
-    today = Advice("1 - cosine before", 1 - LEAST_COSINE)
+    # pipeline/forecast/probe.py
+    today = Advice("1 - cosine before", 0.1)
     for words, each in (("the threshold of T = 8 and 16", advice), ("a cosine of 0.9", today)):
         if each is None:
             say(console, "T = 8 and 16 have not both safe and unsafe cells, so no threshold.")

@@ -4,20 +4,17 @@ flashes, six rules, what BPTT keeps of 2, 8 and 32 samples, five seeds.
 Command:  spiketrain write fashion --out data/fashion
           spiketrain write events flashes --slices 16 --gap 4 --size 24 --samples 8000
               --val-samples 4000 --out data/flashes-16-4
-          python -m recipes.compare.memory_budget measure
+          python -m benchmarks.memory_budget measure
           spiketrain launch recipes/compare/memory_budget.py --workers 1 --side-by-side 2
-          python -m recipes.compare.memory_budget RUNS; python -m benchmarks.budget_picture
+          python -m recipes.compare.memory_budget RUNS; python -m benchmarks.memory_budget
 Source:   ours
 Result:   not trained yet; the design is in docs/LOG.md, "The design of the study of memory budgets"
 
-A block is all cells of one seed (blocks.py). Networks have no batch norm, so micro-batches leave
-the gradient of a global batch as it is.
+A block is all cells of one seed (blocks_base.py). Networks have no batch norm, so micro-batches
+leave the gradient of a global batch as it is.
 """
 
-import gc
-import json
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -26,23 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.console import Console
 
 from pipeline.core.checks import require
-from pipeline.core.code_version import commit
-from pipeline.core.files import write_whole
 from pipeline.core.printing import number, print_table, prose, say
-from pipeline.forecast.bench import Bench, interleave
-from pipeline.forecast.rule_timing import Timings, run_processes
-from pipeline.forecast.step_counts import FakeBench, count_rule
-from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe import Recipe, Spec, Suite, spec
 from pipeline.recipe.json import read_json
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from recipes.compare.blocks import Blocks, Cell, interval
+from recipes.compare.blocks_base import Blocks, Cell, interval
 from recipes.compare.credit_flashes import RULES as OF_FLASHES
 from recipes.compare.credit_flashes import trained as trained_on_flashes
 from recipes.compare.factorial_base import cell_name
@@ -61,7 +51,6 @@ EVALUATED_ON = {FASHION: 10_000, FLASHES: 4_000}
 STEPS = {FASHION: 6, FLASHES: 16}
 # Of a half and a quarter of the steps in a slice, what keeps fewer bytes.
 RECOMPUTED = {FASHION: 3, FLASHES: 4}
-ROUNDS, TIMED = 5, 3  # of the measured speeds: rounds, and batches in each
 
 
 def recipe() -> Suite:
@@ -70,7 +59,7 @@ def recipe() -> Suite:
 
 def study() -> Blocks:
     """Budgets in which a rule has the same micro-batch share a run."""
-    cells = {_cell(each): None for each in measured()["cells"] if each["micro_batch"]}
+    cells = {cell_of(each): None for each in measured()["cells"] if each["micro_batch"]}
     return Blocks(
         name=NAME,
         folder=ANSWERS,
@@ -83,7 +72,7 @@ def study() -> Blocks:
 def trained(cell: Cell) -> Recipe:
     """The recipe of a set, a rule and a micro-batch: as many global batches as SECONDS hold."""
     of, rule, micro_batch = cell
-    [seconds] = {each["seconds"] for each in measured()["cells"] if _cell(each) == cell}
+    [seconds] = {each["seconds"] for each in measured()["cells"] if cell_of(each) == cell}
     steps = steps_in(SECONDS[of], seconds)
     return replace(
         shared(of, rule),
@@ -127,11 +116,8 @@ def rules(of: str) -> dict[str, Spec]:
     }
 
 
-def _cell(measured: Mapping[str, Any]) -> Cell:
+def cell_of(measured: Mapping[str, Any]) -> Cell:
     return measured["set"], measured["rule"], str(measured["micro_batch"])
-
-
-# --------------------------------------------------------------------------------- the measurement
 
 
 @cache
@@ -140,68 +126,6 @@ def measured() -> Any:
     seconds of a global batch.
     """
     return read_json(SPEEDS)
-
-
-def measure(processes: int = 2) -> None:
-    """Write SPEEDS. As many processes compute at the same time as runs of a launch."""
-    require(
-        not ANSWERS.exists(),
-        f"{NAME}: speeds must be measured before the first run; got answers in {ANSWERS}",
-    )
-    cells = [cell for of in SETS for cell in largest_micro_batches(of)]
-    made = {
-        cell_name(_cell(each)): replace(
-            shared(each["set"], each["rule"]), micro_batch=each["micro_batch"]
-        )
-        for each in cells
-        if each["micro_batch"]
-    }
-    seconds, _ = run_processes(NAME, batch_seconds, made, processes=processes)
-    for each in cells:
-        if each["micro_batch"]:
-            each["seconds"] = round(seconds[cell_name(_cell(each))]["batch"], 5)
-    machine = hardware(device_here())
-    found = {"commit": commit(), "machine": machine, "processes": processes, "cells": cells}
-    write_whole(SPEEDS, (json.dumps(found, indent=1) + "\n").encode())
-
-
-def largest_micro_batches(of: str) -> list[dict[str, Any]]:
-    """For each budget and rule: its limit, the largest micro-batch that keeps no more, and the
-    bytes that it keeps. A micro-batch of 0: not even one sample fits.
-
-    Bytes are those that a micro-batch keeps for backward and between time steps, and the rule's own
-    (`Cost.all_bytes`). The weights, their gradients, the optimizer and the batch itself, which are
-    the same for every rule, are not among them.
-    """
-    sizes = [size for size in range(1, BATCH + 1) if BATCH % size == 0]
-    benches = {size: FakeBench(shared(of, "BPTT"), size) for size in sizes}
-    kept = {
-        name: {size: count_rule(bench, rule).all_bytes for size, bench in benches.items()}
-        for name, rule in rules(of).items()
-    }
-    cells = []
-    for budget, (rule, bytes_of) in product(BUDGETS, kept.items()):
-        limit = kept["BPTT"][budget]
-        fits = max((size for size in sizes if bytes_of[size] <= limit), default=0)
-        cell = {"set": of, "budget": budget, "rule": rule, "micro_batch": fits}
-        cells.append({**cell, "bytes": bytes_of.get(fits, 0), "limit": limit})
-    return cells
-
-
-def batch_seconds(device: torch.device, recipes: Mapping[str, Recipe]) -> Timings:
-    """Median seconds of a global batch of each recipe over rounds in which they alternate.
-
-    Seconds are those of the training loop, optimizer included, without data and collectives.
-    """
-    benches = {name: Bench(each) for name, each in recipes.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in recipes}
-    for name in interleave(recipes, ROUNDS):
-        gc.collect()
-        each = recipes[name]
-        accumulation = each.split(1).accumulation
-        parts = benches[name].seconds(each.rule, batches=TIMED, accumulation=accumulation)
-        seconds[name].append(sum(parts.values()) - parts["communication"])
-    return {name: {"batch": statistics.median(each)} for name, each in seconds.items()}, {}
 
 
 # -------------------------------------------------------------------------------------- the report
@@ -261,7 +185,7 @@ def table(console: Console) -> list[Row]:
     rows = []
     for of, budget in product(SETS, BUDGETS) if right else ():
         cells = [x for x in measured()["cells"] if (x["set"], x["budget"]) == (of, budget)]
-        names = {each["rule"]: cell_name(_cell(each)) for each in cells if each["micro_batch"]}
+        names = {each["rule"]: cell_name(cell_of(each)) for each in cells if each["micro_batch"]}
         forms = [name for rule, name in names.items() if "BPTT" in rule and name in top1]
         best = max(forms, key=lambda name: statistics.fmean(top1[name]), default="")
         for each in cells:
@@ -318,7 +242,4 @@ def render(rows: Sequence[Row], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["measure"]:
-        measure()
-    else:
-        study().main(report)
+    study().main(report)

@@ -8,8 +8,8 @@ Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, only its abstract is p
           the network and the teacher are ours.
 Result:   not trained yet; the design is in docs/LOG.md, "The design of the study of 1-bit weights".
 
-A block is all cells of one seed; its answers stand in sei_fashion_answers (blocks.py). A launch
-trains the seeds that have none. Its report, and the second command at any time, write the
+A block is all cells of one seed; its answers stand in sei_fashion_answers (blocks_base.py). A
+launch trains the seeds that have none. Its report, and the second command at any time, write the
 answers of each complete seed. Settings were chosen on a held-out tenth of the training set
 (sei_fashion_rates.py, sei_fashion_temperature.py).
 """
@@ -37,7 +37,7 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train.distillation import Distillation
 from pipeline.train.objective import CrossEntropy
-from recipes.compare.blocks import Answers, Blocks, interval
+from recipes.compare.blocks_base import Answers, Blocks, interval
 from recipes.compare.factorial_base import Levels, Weights, cell_name, effect
 from recipes.fashion.base import fashion
 

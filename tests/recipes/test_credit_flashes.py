@@ -11,9 +11,10 @@ import pytest
 from scipy import stats
 
 from pipeline.core.printing import new_console
+from pipeline.recipe.json import write_json
 from pipeline.spiking.neuron import LIF, PLIF
 from recipes.compare import credit_flashes, credit_flashes_rates
-from recipes.compare.blocks import Answers, _hash
+from recipes.compare.blocks_base import Answers, _hash
 from recipes.compare.credit_flashes import (
     CELLS,
     PAIRS,
@@ -179,7 +180,7 @@ def test_the_report_tells_losses_and_how_often_the_advice_is_right(
     rng = np.random.default_rng(0)
     lost = {name: 0.0 if name.endswith(("-1", "fashion")) else 9.0 for name in (*SETS, "fashion")}
     found = probes(lambda name: 0.2 if lost[name] == 0 else 0.8)
-    credit_flashes.write_json(credit_flashes.PROBES, found)
+    write_json(credit_flashes.PROBES, found)
     assert credit_flashes.report({}, new_console()) == {}
     assert "credit: 0 of 3 seeds have answers." in capsys.readouterr().out
     hashes = {cell_name(cell): _hash(trained(cell)) for cell in CELLS}
@@ -187,7 +188,7 @@ def test_the_report_tells_losses_and_how_often_the_advice_is_right(
         right = answers(rng, lost, per_seed=0.0)
         cells = {cell: np.packbits(each).tobytes().hex() for cell, each in right.items()}
         block = {"recipes": hashes, "contents": {}, "cells": cells}
-        credit_flashes.write_json(tmp_path / f"seed-{seed}.json", block)
+        write_json(tmp_path / f"seed-{seed}.json", block)
     found = credit_flashes.report({}, new_console())
     out = " ".join(capsys.readouterr().out.split())
     assert found["advice"] == {"sign": "share before", "threshold": pytest.approx(0.5)}

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import budget_picture
+from benchmarks import memory_budget as measuring
+from benchmarks.memory_budget import batch_seconds, largest_micro_batches
 from pipeline.core.printing import new_console
 from pipeline.recipe import Recipe
 from pipeline.recipe.json import write_json
@@ -28,8 +29,6 @@ from recipes.compare.memory_budget import (
     SETS,
     TRAINED_ON,
     Row,
-    batch_seconds,
-    largest_micro_batches,
     recipe,
     report,
     rules,
@@ -65,7 +64,8 @@ def speeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     found = {"machine": {"cpu": "a cpu", "torch": "2"}, "cells": cells}
     monkeypatch.setattr(memory_budget, "measured", lambda: found)
     monkeypatch.setattr(memory_budget, "SEEDS", range(2))
-    monkeypatch.setattr(memory_budget, "ANSWERS", tmp_path / "answers")
+    for module in (memory_budget, measuring):
+        monkeypatch.setattr(module, "ANSWERS", tmp_path / "answers")
     return found
 
 
@@ -75,13 +75,13 @@ def test_the_largest_micro_batch_divides_the_batch_and_keeps_no_more_than_bptt(
     """Rules keep made-up bytes a + b B, so the largest B is known."""
     bytes_of = dict.fromkeys(RULES, (100, 100)) | {"SLTT": (150, 10), "BPTT-truncate": (301, 1)}
     labels = {spec.build().label: name for name, spec in rules("fashion").items()}
-    monkeypatch.setattr(memory_budget, "FakeBench", lambda recipe, samples: samples)
+    monkeypatch.setattr(measuring, "FakeBench", lambda recipe, samples: samples)
 
     def count(samples: int, rule: Any) -> Any:
         fixed, each = bytes_of[labels[rule.build().label]]
         return SimpleNamespace(all_bytes=fixed + each * samples)
 
-    monkeypatch.setattr(memory_budget, "count_rule", count)
+    monkeypatch.setattr(measuring, "count_rule", count)
     cells = largest_micro_batches("fashion")
     assert [(cell["budget"], cell["rule"]) for cell in cells] == [
         (budget, rule) for budget in BUDGETS for rule in RULES
@@ -137,7 +137,7 @@ def test_speeds_are_medians_of_rounds_in_turn(monkeypatch: pytest.MonkeyPatch) -
 
         return SimpleNamespace(seconds=seconds)
 
-    monkeypatch.setattr(memory_budget, "Bench", bench)
+    monkeypatch.setattr(measuring, "Bench", bench)
     recipes = {
         rule: replace(shared(FASHION, rule), name=rule, micro_batch=8) for rule in ("BPTT", "SLTT")
     }
@@ -235,7 +235,7 @@ def test_runs_of_another_machine_are_refused(speeds: Any, tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="on the machine of the measured speeds, a cpu, torch 2"):
         report(made_up(tmp_path, 0, cpu="another cpu"), new_console())
     with pytest.raises(ValueError, match="measured before the first run"):
-        memory_budget.measure()
+        measuring.measure()
 
 
 def test_the_picture_is_what_the_command_draws(
@@ -243,12 +243,12 @@ def test_the_picture_is_what_the_command_draws(
 ) -> None:
     report(made_up(tmp_path, 0) | made_up(tmp_path, 1), new_console())
     for name in ("one.svg", "other.svg"):
-        budget_picture.draw(table(new_console()), tmp_path / name)
+        measuring.draw(table(new_console()), tmp_path / name)
     drawn = (tmp_path / "one.svg").read_text()
     assert drawn == (tmp_path / "other.svg").read_text()
     assert all(f">{text}<" in drawn for text in (*MICRO, "0.2", "fashion, 150 s of training"))
     monkeypatch.undo()
-    committed = budget_picture.DOCS / "budget.svg"
+    committed = measuring.DOCS / "budget.svg"
     if committed.exists():
-        budget_picture.draw(table(new_console()), tmp_path / "budget.svg")
+        measuring.draw(table(new_console()), tmp_path / "budget.svg")
         assert (tmp_path / "budget.svg").read_text() == committed.read_text()

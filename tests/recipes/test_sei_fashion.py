@@ -22,7 +22,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.train.distillation import Distillation
 from pipeline.train.evaluation import read_predictions
 from recipes.compare import sei_fashion, sei_fashion_rates, sei_fashion_temperature
-from recipes.compare.blocks import interval
+from recipes.compare.blocks_base import interval
 from recipes.compare.sei_fashion import (
     ALL,
     CELLS_OF,
