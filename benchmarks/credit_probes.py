@@ -48,11 +48,19 @@ def probe(runs: Mapping[str, Path]) -> Probes:
 
 
 def _probe(recipe: Recipe, rules: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of the layers in which BPTT's gradient can be compared: a layer of silent neurons has 0."""
     bench = Bench(recipe, batch_size=64)
     gradients = {rule: bench.gradients_of(RULES[rule][0]) for rule in rules}
-    bptt, sltt = (bench.gradients_of(spec(rule))[0] for rule in (BPTT, SLTT))
+    bptt, sltt = (
+        next(each[0] for rule, each in gradients.items() if RULES[rule][0] == spec(wanted))
+        for wanted in (BPTT, SLTT)
+    )
     found = fidelity(bptt, sltt, gradients)
-    return {SHARE: found.temporal_share, **found.cosines}
+    measured = {SHARE: found.temporal_share, **found.cosines}
+    return {
+        name: {layer: values[layer] for layer in found.comparable}
+        for name, values in measured.items()
+    }
 
 
 if __name__ == "__main__":

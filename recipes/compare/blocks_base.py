@@ -1,7 +1,7 @@
 """A study in blocks: all cells of one seed, trained on one machine, with their answers in a file.
 
     study = Blocks(name="sei-fashion", folder=Path(...), cells_of={0: (("real", "labels"), ...)},
-                   recipe_of=trained, samples=10_000)
+                   recipe_of=trained, samples={"fashion": 10_000})
 
 A launch trains the seeds whose file is missing; without the folder it trains all. A file
 `seed-N.json` holds a bit for each evaluation sample and cell, and what the runs of the block have

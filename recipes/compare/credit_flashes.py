@@ -28,7 +28,6 @@ from scipy import stats
 from pipeline.core.checks import require
 from pipeline.core.printing import number, print_table, prose, say
 from pipeline.data.datasets.events import Events
-from pipeline.models.vgg import vgg_sws
 from pipeline.recipe import Recipe, Spec, Suite, spec
 from pipeline.recipe.json import read_json
 from pipeline.rules.bptt import BPTT
@@ -77,20 +76,19 @@ def trained(cell: tuple[str, ...]) -> Recipe:
             return shared
         network, optimizer = shared.model.with_(neuron=neuron), shared.optimizer.with_(lr=0.3)
         return replace(shared, model=network, optimizer=optimizer)  # the rate for a decay of 0.5
-    network = spec(
-        vgg_sws,
-        classes=8,
-        in_channels=2,
-        stages=((16,), (32,), (64,)),
-        stem=(5, 2),
-        neuron=neuron,
-    )
+    shared = moving(lr=rate)
+    network: Any = shared.model.kwargs["network"]
     steps = int(name.split("-")[1])
     data = spec(Events, folder=f"data/{name}", classes=8, steps=steps, size=24, std=(0.2, 0.2))
     return replace(
-        moving(lr=rate), model=network, rule=rule, data=data, time_steps=steps, epochs=10,
+        shared,
+        model=network.with_(classes=8, neuron=neuron),
+        rule=rule,
+        data=data,
+        time_steps=steps,
+        epochs=10,
         backend="plain",
-    )  # fmt: skip
+    )
 
 
 STUDY = Blocks(

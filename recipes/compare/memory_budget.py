@@ -157,7 +157,7 @@ class Row:
 
 
 def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
-    """Write the answers of each complete seed, and print the tables of all that are written."""
+    """Write the answers of each complete seed, and print the tables once all seeds have some."""
     study().write(runs, console)
     rows = table(console)
     for of in SETS if rows else ():

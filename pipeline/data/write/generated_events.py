@@ -29,9 +29,9 @@ before the shape arrives.
 
 **Flashes** asks for credit over a chosen time. A shape flashes twice, in slices t and t + gap, once
 in the left half of the sensor and once in the right half, with noise in all slices. A flash is
-three events at each pixel of the shape, of one polarity. The 8 classes
-are four shapes, each with either half first. t is random. Recordings 2 m and 2 m + 1 are the exact
-reversal of one another: their slices are the same, in the opposite order. So any reader that maps
+three events at each pixel of the shape, of one polarity. The 8 classes are four shapes, each with
+either half first. t is random. Recordings 2 m and 2 m + 1 are the exact reversal of one another:
+their slices are the same, in the opposite order. So any reader that maps
 slices one by one, without their times, and sums gives both the same answer, of which at most one is
 right. Times tell the order: the first flash is early more often than the second, and a sum over
 slices that is weighted by their times tells which half was later. A network whose state starts at 0
