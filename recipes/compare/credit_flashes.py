@@ -6,7 +6,8 @@ Command:  for pair in 8-1 8-2 16-1 16-2 16-4 32-1 32-2 32-4 32-8; do
                   --samples 8000 --val-samples 4000 --out data/flashes-$pair
           done
           spiketrain launch recipes/compare/credit_flashes.py --workers 1 --side-by-side auto
-          python -m benchmarks.credit_probes RUNS; python -m recipes.compare.credit_flashes RUNS
+          python -m benchmarks.credit_flashes RUNS
+          python -m recipes.compare.credit_flashes RUNS; python -m benchmarks.credit_flashes
 Source:   set, network and comparison are ours; the rules are of Meng et al. 2023 (SLTT),
           arXiv:2302.14311, and Xiao et al. 2022 (OTTT), arXiv:2210.04195.
 Result:   not trained yet; design: docs/LOG.md, "The design of the study of credit over time".
@@ -109,7 +110,7 @@ def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
     right = STUDY.read(console)
     if not right:
         return {}
-    require(PROBES.exists(), "credit: benchmarks.credit_probes must measure seed 0's runs first")
+    require(PROBES.exists(), "credit: benchmarks.credit_flashes must measure seed 0's runs first")
     losses = losses_of(right, read_json(PROBES))
     advice = advice_of([each for each in losses if not each.is_judged])
     render(right, losses, advice, console)

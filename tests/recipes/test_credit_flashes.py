@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.credit_flashes import draw
+from benchmarks.memory_picture import DOCS
 from pipeline.core.printing import new_console
-from pipeline.recipe.json import write_json
+from pipeline.recipe.json import read_json, write_json
 from pipeline.spiking.neuron import LIF, PLIF
 from recipes.compare import credit_flashes, credit_flashes_rates
 from recipes.compare.blocks_base import Answers, _hash
@@ -28,6 +30,7 @@ from recipes.compare.credit_flashes import (
     holds,
     losses_of,
     neurons_of,
+    top1_of,
     trained,
 )
 from recipes.compare.factorial_base import cell_name
@@ -196,3 +199,20 @@ def test_the_report_tells_losses_and_how_often_the_advice_is_right(
     assert re.search(r"right in (\d) of \1 safe on T = 8 and 16, 9 of 9 unsafe on T", out)
     assert re.search(r"(\d) of \1 safe on the judged part, 9 of 9 unsafe on the judged", out)
     assert "It holds." in out and "By a cosine of 0.9" in out
+    losses = [Loss(**each) for each in found["losses"]]
+    top1 = top1_of(study.read(new_console()))
+    for name in ("one.svg", "other.svg"):
+        draw(top1, losses, tmp_path / name)
+    drawn = (tmp_path / "one.svg").read_text()
+    assert drawn == (tmp_path / "other.svg").read_text()
+    assert all(f">{text}<" in drawn for text in (*RULES, "T = 8", "T = 32", "lost to BPTT"))
+
+
+def test_the_picture_is_that_of_the_answers(tmp_path: Path) -> None:
+    committed = DOCS / "credit.svg"
+    right = STUDY.read(new_console())
+    assert bool(right) == committed.exists()
+    if right:
+        losses = losses_of(right, read_json(credit_flashes.PROBES))
+        draw(top1_of(right), losses, tmp_path / "credit.svg")
+        assert (tmp_path / "credit.svg").read_text() == committed.read_text()
