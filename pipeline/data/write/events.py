@@ -1,6 +1,5 @@
 """Writes generated or published recordings of event cameras as train.beton and val.beton."""
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -68,11 +67,6 @@ def write_events(
     options = {"samples": samples, "val_samples": val_samples, "content_seed": content_seed}
     if name != "flashes":
         _refuse(name, "has no flashes", gap=gap)
-    require_data(
-        name != "flashes" or framing.get("frames_by", "time") == "time",
-        "write events: flashes need frames_by=time, because a flash lies in one slice of time; got"
-        f" frames_by={framing.get('frames_by')}",
-    )
     if name in PUBLISHED:
         _refuse(name, "has its own recordings", **options)
         if source is None or slices is None:
@@ -88,26 +82,20 @@ def write_events(
             f"write events: the set must be one of {', '.join(get_args(EventSet))}; got {name!r}",
         )
         _refuse(name, "is generated in the requested size", resize=framing.get("resize"))
-        numbers = {key: value for key, value in options.items() if value is not None}
         require_data(
-            min(numbers.get("samples", 1), numbers.get("val_samples", 1)) >= 1
-            and 0 <= numbers.get("content_seed", 0) < 2**63,
+            name != "flashes" or framing.get("frames_by", "time") == "time",
+            "write events: flashes need frames_by=time, because a flash lies in one slice of time;"
+            f" got frames_by={framing.get('frames_by')}",
+        )
+        require_data(
+            all(count is None or count >= 1 for count in (samples, val_samples))
+            and 0 <= (content_seed or 0) < 2**63,
             "write events: samples and val_samples must be 1 or more, content_seed in 0..2^63-1;"
             f" got samples={samples}, val_samples={val_samples}, content_seed={content_seed}",
         )
         slices = DEFAULT_SLICES[name] if slices is None else slices
         size = 34 if size is None else size
-        if name != "saccades":
-            _refuse(name, "is generated", source=source)
-        if name == "moving":
-            make = partial(MovingShape, size=size)
-            sets = _shape_sets(make, CLASSES, "moving shapes", **numbers)
-        elif name == "flashes":
-            of_gap = {} if gap is None else {"gap": gap}
-            make = partial(Flashes, size=size, slices=slices, **of_gap)
-            sets = _shape_sets(make, FLASH_CLASSES, "flashes", **numbers)
-        else:
-            sets = _saccade_sets(source, size, **numbers)
+        sets = _generated_sets(name, source, slices, size, gap, **options)
     return write_sets(
         sets,
         Path(out),
@@ -119,35 +107,41 @@ def write_events(
     )
 
 
-def _shape_sets(
-    make: Callable[..., MovingShape | Flashes],
-    classes: list[str],
-    kind: str,
+def _generated_sets(
+    name: EventSet,
+    source: str | Path | None,
+    slices: int,
+    size: int,
+    gap: int | None,
     *,
-    samples: int = 6000,
-    val_samples: int = 1600,
-    content_seed: int = 0,
+    samples: int | None,
+    val_samples: int | None,
+    content_seed: int | None,
 ) -> list[Source]:
-    """`make`: a recording from its number and part."""
-    origin = f"{kind}, content seed {content_seed}"
+    seed = content_seed or 0
+    if name == "saccades":
+        return _saccade_sets(source, size, (samples, val_samples), seed)
+    _refuse(name, "is generated", source=source)
+    if name == "moving":
+        make, classes, kind = partial(MovingShape, size=size), CLASSES, "moving shapes"
+    else:
+        of_gap = {} if gap is None else {"gap": gap}
+        make = partial(Flashes, size=size, slices=slices, **of_gap)
+        classes, kind = FLASH_CLASSES, "flashes"
     train, val = (
-        [make(number, part, content_seed=content_seed) for number in range(count)]
-        for part, count in enumerate((samples, val_samples))
+        [make(number, part, content_seed=seed) for number in range(count)]
+        for part, count in enumerate((samples or 6000, val_samples or 1600))
     )
+    origin = f"{kind}, content seed {seed}"
     return [Source("train", classes, train, origin), Source("val", classes, val, origin)]
 
 
 def _saccade_sets(
-    source: str | Path | None,
-    size: int,
-    *,
-    samples: int | None = None,
-    val_samples: int | None = None,
-    content_seed: int = 0,
+    source: str | Path | None, size: int, counts: tuple[int | None, int | None], content_seed: int
 ) -> list[Source]:
     sets: list[Source] = []
     image_sets = fashion_sets(None if source in (None, "fashion") else Path(source))
-    for part, (images, count) in enumerate(zip(image_sets, (samples, val_samples), strict=True)):
+    for part, (images, count) in enumerate(zip(image_sets, counts, strict=True)):
         require_data(
             count is None or count <= len(images.items),
             f"write events: saccades: samples of {images.name} must be at most its"

@@ -75,8 +75,24 @@ _RADIUS, _ACROSS, _START, _SPEED, _THRESHOLD, _COIN, _NOISE_COUNT = range(256, 2
 _NOISE = 512
 
 
+class _Drawn:
+    """A recording that is drawn."""
+
+    number: int
+    part: int
+    content_seed: int
+
+    @property
+    def seed(self) -> int:
+        return self.content_seed
+
+    def draw(self, draw: Any, n: int) -> Any:
+        """A whole number in 0..n-1 for the number of a draw, or for each in an array of them."""
+        return below(bits(self.seed, self.part, self.number, draw), n)
+
+
 @dataclass(frozen=True)
-class MovingShape:
+class MovingShape(_Drawn):
     """Recording `number` of a `part` (0 train, 1 val). Its class is `number % 16`."""
 
     number: int
@@ -99,7 +115,7 @@ class MovingShape:
         axis, is_reversed = divmod(direction, 2)
         base = self.base(shape, axis)
         stream = reversal(base) if is_reversed else base
-        return stream._replace(p_N=stream.p_N ^ _draw(self, _COIN, 2))
+        return stream._replace(p_N=stream.p_N ^ self.draw(_COIN, 2))
 
     def base(self, shape: int, axis: int) -> Stream:
         """The noisy base recording, before reversal and coin. `axis`: 0 right, 1 down."""
@@ -108,13 +124,13 @@ class MovingShape:
             SHAPES[shape],
             axis,
             size=self.size,
-            radius=scale * (4.5 + _draw(self, _RADIUS, 64) / 32),  # 4.5 to 6.5 pixels on 34
-            across=self.size * _draw(self, _ACROSS, 1 << 16) / (1 << 16),
-            start=self.size * _draw(self, _START, 1 << 16) / (1 << 16),
-            speed=scale * (112 + _draw(self, _SPEED, 93)) / 1024,  # 10 to 18 pixels in total
-            threshold=0.2 + 0.01 * _draw(self, _THRESHOLD, 11),
+            radius=scale * (4.5 + self.draw(_RADIUS, 64) / 32),  # 4.5 to 6.5 pixels on 34
+            across=self.size * self.draw(_ACROSS, 1 << 16) / (1 << 16),
+            start=self.size * self.draw(_START, 1 << 16) / (1 << 16),
+            speed=scale * (112 + self.draw(_SPEED, 93)) / 1024,  # 10 to 18 pixels in total
+            threshold=0.2 + 0.01 * self.draw(_THRESHOLD, 11),
         )
-        return add_noise(stream, self, 100 + _draw(self, _NOISE_COUNT, 101), first_draw=_NOISE)
+        return add_noise(stream, self, 100 + self.draw(_NOISE_COUNT, 101), first_draw=_NOISE)
 
     def __str__(self) -> str:
         return f"moving recording {self.number}"
@@ -206,7 +222,7 @@ _FLASH_NOISE = 2048
 
 
 @dataclass(frozen=True)
-class Flashes:
+class Flashes(_Drawn):
     """Recording `number` of a `part` (0 train, 1 val): flashes in slices t and t + `gap` of
     `slices`. Its class is `number % 8`.
     """
@@ -233,6 +249,11 @@ class Flashes:
     def label(self) -> int:
         return self.number % len(FLASH_CLASSES)
 
+    @property
+    def seed(self) -> int:
+        # Sets of other slices and gaps do not have the same places and noise.
+        return self.content_seed + 1024 * self.slices + self.gap
+
     def events(self) -> Stream:
         stream = replace(self, number=self.number - self.number % 2)._left_first()
         return reversal(stream) if self.number % 2 else stream
@@ -240,15 +261,15 @@ class Flashes:
     def _left_first(self) -> Stream:
         """The noisy recording with the flash on the left first; `number` is even."""
         scale, half = self.size / 34, self.size / 2
-        radius = scale * (4.5 + _draw(self, _FLASH_RADIUS, 64) / 42)  # 4.5 to 6 pixels on 34
+        radius = scale * (4.5 + self.draw(_FLASH_RADIUS, 64) / 42)  # 4.5 to 6 pixels on 34
         pixels = np.arange(self.size, dtype=np.float64)
         # The shape lies within its half: the tip of a triangle is 1.2 radius from its centre.
         margin, shape = 1.2 * radius + 1, SHAPES[self.label // 2]
-        first = int(_draw(self, _FLASH_SLICE, self.slices - self.gap))
+        first = int(self.draw(_FLASH_SLICE, self.slices - self.gap))
         parts = []
         for flash, slice_ in enumerate((first, first + self.gap)):
             row, column = (
-                margin + (length - 2 * margin) * _draw(self, draw + flash, 1 << 16) / (1 << 16)
+                margin + (length - 2 * margin) * self.draw(draw + flash, 1 << 16) / (1 << 16)
                 for draw, length in ((_FLASH_ROW, self.size), (_FLASH_COLUMN, half))
             )
             down_H1, right_1W = pixels[:, None] - row, pixels - (column + flash * half)
@@ -256,13 +277,13 @@ class Flashes:
             y_N, x_N = np.tile((y_N, x_N), FLASH_EVENTS)
             order_N = np.arange(len(y_N))
             t_N = slice_ * FLASH_SLICE_US + (2 * order_N + 1) * FLASH_SLICE_US // (2 * len(y_N))
-            parts.append((t_N, y_N, x_N, np.full_like(y_N, _draw(self, _FLASH_COIN, 2))))
+            parts.append((t_N, y_N, x_N, np.full_like(y_N, self.draw(_FLASH_COIN, 2))))
         stream = sorted_stream(
             *(np.concatenate(columns) for columns in zip(*parts, strict=True)),
             sensor=(self.size, self.size),
             span=(0, self.slices * FLASH_SLICE_US),
         )
-        count = self.slices * (20 + _draw(self, _FLASH_NOISE_COUNT, 21))
+        count = self.slices * (20 + self.draw(_FLASH_NOISE_COUNT, 21))
         return add_noise(stream, self, int(count), first_draw=_FLASH_NOISE)
 
     def __str__(self) -> str:
@@ -281,7 +302,7 @@ _SACCADE_NOISE_COUNT, _SACCADE_NOISE = 768, 1024  # see `_NOISE`
 
 
 @dataclass(frozen=True, eq=False)
-class Saccades:
+class Saccades(_Drawn):
     """Recording `number` of a `part` (0 train, 1 val): saccades over an image.
 
     `image_hw` is uint8. The sensor has `size` pixels a side.
@@ -317,7 +338,7 @@ class Saccades:
             step_us=SACCADE_US // SACCADE_INSTANTS,
         )
         return add_noise(
-            stream, self, 50 + _draw(self, _SACCADE_NOISE_COUNT, 51), first_draw=_SACCADE_NOISE
+            stream, self, 50 + self.draw(_SACCADE_NOISE_COUNT, 51), first_draw=_SACCADE_NOISE
         )
 
     def __str__(self) -> str:
@@ -379,26 +400,15 @@ def film_to_events(film_MHW: NDArray[np.float64], *, threshold: float, step_us: 
     )
 
 
-def add_noise(
-    stream: Stream, recording: MovingShape | Flashes | Saccades, count: int, *, first_draw: int
-) -> Stream:
+def add_noise(stream: Stream, recording: _Drawn, count: int, *, first_draw: int) -> Stream:
     """Add `count` noise events to a recording, with uniform random times, places and polarities."""
     begin, end = stream.span
     draws = first_draw + np.arange(4 * count).reshape(-1, 4).T
     limits = (end - begin, *stream.sensor, 2)
     t_K, y_K, x_K, p_K = (
-        _draw(recording, draw_K, limit) for draw_K, limit in zip(draws, limits, strict=True)
+        recording.draw(draw_K, limit) for draw_K, limit in zip(draws, limits, strict=True)
     )
     pairs = zip(stream[:4], (begin + t_K, y_K, x_K, p_K), strict=True)
     return sorted_stream(
         *(np.concatenate(pair) for pair in pairs), sensor=stream.sensor, span=stream.span
     )
-
-
-def _draw(recording: MovingShape | Flashes | Saccades, draw: Any, n: int) -> Any:
-    """A whole number in 0..n-1 for the number of a draw, or for each in an array of them."""
-    seed = recording.content_seed
-    if isinstance(recording, Flashes):
-        # Sets of other slices and gaps do not have the same places and noise.
-        seed += 1024 * recording.slices + recording.gap
-    return below(bits(seed, recording.part, recording.number, draw), n)
