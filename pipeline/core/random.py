@@ -94,15 +94,12 @@ _unsigned_mix = mixer(np.uint64)
 
 def counter_hash(*counters: int) -> int:
     """64 bits from any number of counters; from four counters, the same as `bits`."""
-    z = 0
-    for counter in counters:
-        z = mix((z ^ counter) + INCREMENT) & _LOW64
-    return z
+    return hash_on_device(*counters) & _LOW64
 
 
 def hash_on_device(*counters: Any) -> Any:
-    """`counter_hash` of numbers and int64 tensors, at least one of them a tensor. The tensors are
-    broadcast, and the result is on their device.
+    """The bits of `counter_hash` as a signed number, from numbers and int64 tensors. Tensors are
+    broadcast, and the result is on their device. Without a tensor, it is an int.
     """
     z: Any = 0
     for counter in counters:

@@ -29,12 +29,11 @@ def unit_of(kind: str, values: Sequence[float]) -> tuple[float, str]:
     return {"h": 3600.0, "min": 60.0}.get(unit, minimum), unit
 
 
-def counted(count: int | None, noun: str, plural: str | None = None) -> str:
+def counted(count: int | None, noun: str) -> str:
     """`1 worker`, `2 workers`, `2 batches`; `? workers` if the number is unknown."""
     if count == 1:
         return f"1 {noun}"
-    if plural is None:
-        plural = f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
+    plural = f"{noun}es" if noun.endswith(("s", "x", "ch", "sh")) else f"{noun}s"
     return f"{'?' if count is None else count} {plural}"
 
 

@@ -26,21 +26,20 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pipeline.core.stages import say_stage
 from pipeline.core.units import counted
 from pipeline.data.base import Batch
 from pipeline.forecast.bench import Bench, RuleBytes, bytes_of_batch, step_inputs
-from pipeline.measure.operations import Pausable
+from pipeline.measure.operations import Pausable, tensors_in
 from pipeline.measure.saved_bytes import HeldBytes, held_bytes
 from pipeline.models.teachers.base import Teacher
 from pipeline.recipe.recipe import Recipe, Spec
@@ -84,7 +83,7 @@ class KernelLog(TorchDispatchMode, Pausable):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         moves_nothing = func.is_view or func.namespace == "prim" or func.overloadpacket in _FREE
-        if not self.is_paused and not moves_nothing and _tensors(result):
+        if not self.is_paused and not moves_nothing and tensors_in(result):
             count = flop_registry.get(func.overloadpacket)
             flops = count(*args, **kwargs, out_val=result) if count is not None else 0
             self.operations.append(Operation(int(flops), _moved_bytes([args, kwargs, result])))
@@ -275,9 +274,5 @@ def _moved_bytes(values: Any) -> int:
             for size, stride in zip(each.shape, each.stride(), strict=True)
             if stride or size < 2
         )
-        for each in _tensors(values)
+        for each in tensors_in(values)
     )
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    return [each for each in tree_leaves(values) if isinstance(each, Tensor)]

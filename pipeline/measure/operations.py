@@ -175,8 +175,8 @@ class Operations(TorchDispatchMode, Pausable):
 
         Examples are standardised, clipped or binarised weights, or weights in another precision.
         """
-        has_only_weights = all(map(self.is_weight, _tensors(arguments)))
-        for tensor in _tensors(result):
+        has_only_weights = all(map(self.is_weight, tensors_in(arguments)))
+        for tensor in tensors_in(result):
             if has_only_weights:
                 self._add_weight(tensor)
             elif func._schema.is_mutable:
@@ -187,7 +187,7 @@ class Operations(TorchDispatchMode, Pausable):
                     self._weights.pop(address, None)
 
 
-def _tensors(values: Any) -> list[Tensor]:
+def tensors_in(values: Any) -> list[Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
