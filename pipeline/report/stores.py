@@ -439,8 +439,13 @@ class SqliteStore(Store):
             raise self._refused(
                 "is empty, because no run was sent to it; `spiketrain sync RUN` sends a run"
             )
+        # SQLite itself undoes an interrupted write, for which it must be allowed to write. It opens
+        # a file without write permission read-only.
+        uri = f"file:{quote(str(self.file))}?mode=rw"
         try:
-            with closing(self._opened()) as connection:
+            with closing(sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT_S)) as connection:
+                connection.execute("pragma query_only = on")
+                connection.execute("select 1 from alembic_version")
                 yield connection
         except sqlite3.OperationalError as error:
             known = (meaning for words, meaning in _MEANINGS.items() if words in str(error))
@@ -454,22 +459,7 @@ class SqliteStore(Store):
     def _refused(self, why: str) -> StoreError:
         return StoreError(f"store {self.file} {why}")
 
-    def _opened(self, mode: str = "ro") -> sqlite3.Connection:
-        """Connect read-only, unless SQLite must first undo an interrupted write."""
-        connection = sqlite3.connect(
-            f"file:{quote(str(self.file))}?mode={mode}", uri=True, timeout=LOCK_TIMEOUT_S
-        )
-        try:
-            connection.execute("select 1 from alembic_version").fetchall()
-        except sqlite3.DatabaseError as error:
-            connection.close()
-            if mode == "ro" and error.sqlite_errorcode in _INTERRUPTED_WRITE:
-                return self._opened("rw")
-            raise
-        return connection
 
-
-_INTERRUPTED_WRITE = (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_CANTOPEN)
 _UNREADABLE = "cannot be read ({}); check the path and the permissions of the file and folder"
 # The meaning of an SQLite message, by words of the message.
 _MEANINGS = {
