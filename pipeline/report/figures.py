@@ -121,13 +121,20 @@ def _ratio_markers(
         offset = 0.6 * (position / (len(rules) - 1) - 0.5) if len(rules) > 1 else 0.0
         rows = [names.index(name) for of_rule, name in ratio_of if of_rule == rule]
         ratios = [ratio for (of_rule, _), ratio in ratio_of.items() if of_rule == rule]
+        deviations = [ratio.deviation or 0.0 for ratio in ratios]
         data.append(
             scatter(
                 rule,
                 [ratio.mean for ratio in ratios],
                 [row + offset for row in rows],
                 mode="markers+text",
-                error_x=_error_bars(ratios, index),
+                error_x={
+                    "array": deviations,
+                    "visible": any(deviations),
+                    "color": color(index),
+                    "thickness": 1.5,
+                    "width": 4,
+                },
                 text=[f"{ratio.mean:.2f}" for ratio in ratios],
                 textposition="top center",
                 textfont={"size": 12, "color": color(index)},
@@ -309,17 +316,6 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
     ]
 
 
-def _error_bars(spreads: Sequence[Spread], index: int, *, scale: float = 1.0) -> dict[str, Any]:
-    lengths = [scale * (each.deviation or 0.0) for each in spreads]
-    return {
-        "array": lengths,
-        "visible": any(lengths),
-        "color": color(index),
-        "thickness": 1.5,
-        "width": 4,
-    }
-
-
 _SMALL_SHARE = 0.01  # parts with a smaller share of each rule's bar are drawn as one part
 _UNFINISHED = ", batches alone"  # follows the label of a rule without a finished run
 _HATCH = {"size": 6, "fgcolor": PAPER, "fillmode": "overlay"}
@@ -428,7 +424,10 @@ def learning_curves(group: Group) -> Figure | Missing:
             in_legend.add(run.rule)
         kinds = {"training": curve, "evaluation": past.evaluations, "restart": past.restarts}
         rows += [
-            (run.name, run.rule, run.seed, kind, *_point_cells(run, point))
+            (
+                *(run.name, run.rule, run.seed, kind),
+                *(point.step, _epochs(run, point.step), point.seconds, point.top1, point.loss),
+            )
             for kind, points in kinds.items()
             for point in points
         ]
@@ -591,10 +590,6 @@ def _curve(run: Run, points: Sequence[Point]) -> tuple[list[float], list[float]]
         [_epochs(run, each.step) for each in points],
         [100 * (each.top1 or 0.0) for each in points],
     )
-
-
-def _point_cells(run: Run, point: Point) -> tuple[Cell, ...]:
-    return point.step, _epochs(run, point.step), point.seconds, point.top1, point.loss
 
 
 def _epochs(run: Run, step: int) -> float:
