@@ -24,6 +24,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite, references, refuse_references
 from pipeline.report.compare import finite
 from pipeline.report.rule_comparison import Comparison
+from pipeline.report.titles import shared_fields
 from pipeline.train.backend.deepspeed import config
 from pipeline.train.build import check_recipe, with_placeholder_weights
 from pipeline.train.tasks import fingerprint_of
@@ -66,24 +67,15 @@ def show_recipe(
                 made.recipes, loadable_recipes, step_costs, strict=True
             )
         ]
-    shared_fields, shared_lines = map(_shared, zip(*described, strict=True))
+    same_fields, same_lines = map(shared_fields, zip(*described, strict=True))
     if len(described) > 1:
-        _print_recipe(f"shared by {len(described)} recipes", shared_fields, shared_lines, console)
+        _print_recipe(f"shared by {len(described)} recipes", same_fields, same_lines, console)
     for recipe, (fields, lines) in zip(made.recipes, described, strict=True):
         if len(described) > 1:
             console.print()
-            fields = {key: text for key, text in fields.items() if key not in shared_fields}
-            lines = {key: text for key, text in lines.items() if key not in shared_lines}
+            fields = {key: text for key, text in fields.items() if key not in same_fields}
+            lines = {key: text for key, text in lines.items() if key not in same_lines}
         _print_recipe(recipe.name, fields, lines, console)
-
-
-def _shared(mappings: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    first, *others = mappings
-    return {
-        name: text
-        for name, text in first.items()
-        if all(other.get(name) == text for other in others)
-    }
 
 
 def _derived(recipe: Recipe, loadable: Recipe, workers: int, step_cost: str) -> dict[str, str]:
