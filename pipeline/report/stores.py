@@ -155,7 +155,7 @@ class Store(ABC):
     """An MLflow store. All methods may raise `StoreError`."""
 
     @abstractmethod
-    def runs(self, study: str | None) -> list[StoredRun]:
+    def runs(self, study: str | None = None) -> list[StoredRun]:
         """The spiketrain runs of a study key, newest start first; all runs if `study` is None."""
 
     @abstractmethod
@@ -165,9 +165,6 @@ class Store(ABC):
     @abstractmethod
     def _read(self, run_id: str, name: str, read: Callable[[Path], T_]) -> T_ | None:
         """Apply `read` to an artifact's file; None if the file does not exist."""
-
-    def listed(self) -> list[StoredRun]:
-        return self.runs(None)
 
     def text(self, run_id: str, name: str) -> str | None:
         """The text of an artifact of a run or of a suite's MLflow run; None without the artifact.
@@ -195,7 +192,7 @@ def runs_of_store(store: Store) -> list[Run]:
     """All runs of a store, from tags and metrics. Their recipes have only the protocol."""
     names = ("rule", "study", "seed", "world_size", "micro_batch", "hardware", "commit")
     runs: list[Run] = []
-    for stored in store.runs(None):
+    for stored in store.runs():
         summary: dict[str, Any] = {}
         for key, value in stored.metrics.items():
             if key.startswith(_SUMMARY):
@@ -364,7 +361,7 @@ class SqliteStore(Store):
     def __init__(self, file: Path) -> None:
         self.file = file.absolute()
 
-    def runs(self, study: str | None) -> list[StoredRun]:
+    def runs(self, study: str | None = None) -> list[StoredRun]:
         condition, values = ("", ()) if study is None else (_OF_STUDY, (study,))
         with self._connection() as connection:
             rows = connection.execute(_RUNS + condition + _IN_ORDER, values).fetchall()
@@ -489,7 +486,7 @@ class ServerStore(Store):
         # `connect` disables retries.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 
-    def runs(self, study: str | None) -> list[StoredRun]:
+    def runs(self, study: str | None = None) -> list[StoredRun]:
         condition = f"tags.`{KIND_TAG}` = 'run'"
         if study is not None:
             unquoted = study.replace("'", "")

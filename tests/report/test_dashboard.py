@@ -203,7 +203,7 @@ def test_the_list_filters_and_has_the_newest_first(store: FakeStore, asking: Ask
             and kept[:8] in found
             and ({KEY, OTHER} - {kept}).pop()[:8] not in found
         )
-    assert {what[0] for what in store.asked} == {"listed"}  # no journal is read for a list
+    assert set(store.asked) == {("runs", None)}  # no journal is read for a list
 
 
 def test_the_list_tells_the_protocols_apart_and_finds_them(store: FakeStore, asking: Asking):
@@ -221,12 +221,12 @@ def test_a_change_of_the_list_asks_the_store_for_no_other(store: FakeStore):
     asking.list()
     for search in ("?text=sltt", "?view=time", "?text=failed", f"?study={KEY}&view=time"):
         assert "of 2 studies" in asking.list(search, look=False)
-    assert store.asked == [("listed",)]
+    assert store.asked == [("runs", None)]
     store.add("new", study="e" * 16)
     assert "3 of 3 studies" in asking.list() and "3 of 3 studies" in asking.list(
         "?view=time", look=False
     )
-    assert store.asked == [("listed",), ("listed",)]
+    assert store.asked == 2 * [("runs", None)]
     asking = Asking(store, every=0)  # the newest look is too long ago
     asking.list()
     store.add("newer", study="d" * 16)

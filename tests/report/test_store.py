@@ -77,7 +77,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_named(store: Path, name: str) -> StoredRun:
-    return next(run for run in open_store(str(store)).listed() if run.name == name)
+    return next(run for run in open_store(str(store)).runs() if run.name == name)
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def opened(store: Path) -> Store:
 
 
 def test_studies_are_the_runs_of_one_key_in_one_family(store: Path):
-    listed = open_store(f"sqlite:///{store}").listed()
+    listed = open_store(f"sqlite:///{store}").runs()
     assert sorted(run.name for run in listed) == ["a", "b", "c", "d"]
     found = {(study.experiment, study.study[0]): study for study in studies(listed)}
     assert list(found) == [("cifar", "1"), ("fashion", "2"), ("fashion", "1")]  # the newest first
@@ -203,7 +203,7 @@ def told(uri: str | Path, seconds: float = 4.0) -> str:
     """The one sentence, in time."""
     began = time.monotonic()
     with pytest.raises(StoreError) as caught:
-        open_store(str(uri)).listed()
+        open_store(str(uri)).runs()
     assert time.monotonic() - began < seconds
     said = str(caught.value)
     assert len(said.splitlines()) == 1 and str(uri).removeprefix("sqlite:///") in said
@@ -283,7 +283,7 @@ def test_a_store_that_somebody_locks(store: Path, tmp_path: Path):
     with closing(sqlite3.connect(copy)) as holder:
         holder.execute("begin exclusive")
         assert "was locked by another process for over 2 s" in told(copy)
-    assert len(open_store(str(copy)).listed()) == 4
+    assert len(open_store(str(copy)).runs()) == 4
 
 
 def test_a_store_whose_writer_was_killed_in_the_middle(store: Path, tmp_path: Path):
@@ -298,7 +298,7 @@ def test_a_store_whose_writer_was_killed_in_the_middle(store: Path, tmp_path: Pa
     done = subprocess.run([sys.executable, "-c", code, str(copy)], check=False)
     assert done.returncode == -signal.SIGKILL
     assert (tmp_path / "mlflow.db-journal").stat().st_size > 0
-    assert len(open_store(str(copy)).listed()) == 4
+    assert len(open_store(str(copy)).runs()) == 4
 
 
 def test_a_server_that_is_down_or_hangs_or_is_another_one(
@@ -324,7 +324,7 @@ def test_a_server_that_is_down_or_hangs_or_is_another_one(
 def test_looking_imports_neither_mlflow_nor_torch(store: Path):
     code = (
         "import sys; from pipeline.report.stores import open_store, studies\n"
-        "print(len(studies(open_store(sys.argv[1]).listed())))\n"
+        "print(len(studies(open_store(sys.argv[1]).runs())))\n"
         "assert not {'mlflow', 'torch'} & set(sys.modules)"
     )
     done = subprocess.run(

@@ -537,7 +537,7 @@ def test_a_server_that_hangs_dies_and_comes_back(
             version = connect(uri).get_model_version_by_alias("small", "best")
             assert version.tags["uri"] == best.as_uri()
             store = open_store(uri)
-            [seen] = store.listed()
+            [seen] = store.runs()
             assert (seen.id, seen.experiment, seen.rule, seen.status, seen.newest * 1000) == (
                 *(found.run_id, run.family, "SLTT", "FINISHED", found.end_time),
             )

@@ -67,7 +67,7 @@ class Live:
 
     def listed(self, *, fresh_s: float) -> list[StoredRun]:
         """Return all runs, from a list at most `fresh_s` seconds old. 0: read the store."""
-        return self._cached(("listed", ""), self.store.listed, fresh_s=fresh_s)
+        return self._cached(("listed", ""), self.store.runs, fresh_s=fresh_s)
 
     def members(self, study: str) -> list[StoredRun]:
         return self._cached(("members", study), lambda: self.store.runs(study), fresh_s=_FRESH_S)
