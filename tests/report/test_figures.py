@@ -10,7 +10,7 @@ from pipeline.core.units import format_quantity, unit_of
 from pipeline.forecast.sweep import sweep
 from pipeline.measure.constants import PARTS, REST, SECTIONS
 from pipeline.recipe.recipe import spec
-from pipeline.report.claims import SuiteResult, parse_result
+from pipeline.report.claims import SuiteReport, parse_result
 from pipeline.report.drawing import Figure, Missing, Table, harmless, plain
 from pipeline.report.figures import learning_curves, pareto, ratios, standing, time_parts, trade_off
 from pipeline.report.heat_maps import firing_rates, gradient_fidelity, temporal_share
@@ -624,12 +624,12 @@ def test_what_sweep_prints_is_what_a_page_reads():
 
 
 def test_what_a_report_returned_is_read_again():
-    kept = SuiteResult(sweeps=(LARGEST, SWEEP))
+    kept = SuiteReport(sweeps=(LARGEST, SWEEP))
     assert parse_result(json.loads(json.dumps(kept.to_json())), "here") == kept
     assert (
         parse_result(None, "here")
         == parse_result({"claims": 3, "sweeps": "x"}, "here")
-        == SuiteResult()
+        == SuiteReport()
     )
 
 

@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from pipeline.core.printing import new_console, say
 from pipeline.core.units import first_few
+from pipeline.report.claims import SuiteReport
 from pipeline.report.dashboard.guard import guard
 from pipeline.report.dashboard.live import Live
 from pipeline.report.dashboard.permalink import ViewState, describe_states
@@ -28,7 +29,6 @@ from pipeline.report.page import (
     VIEWS,
     WEB,
     Offers,
-    SuiteReport,
     environment,
     plotly_script,
     section_of,

@@ -20,9 +20,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from pipeline.measure.constants import PARTS, REST
-from pipeline.report.claims import parse_result
+from pipeline.report.claims import SuiteReport, parse_result
 from pipeline.report.history import UNKNOWN_EPOCH
-from pipeline.report.page import SuiteReport
 from pipeline.report.results import (
     ReportError,
     Run,
@@ -227,18 +226,14 @@ class Live:
 
     def _read_report(self, suite: str) -> SuiteReport:
         try:
-            value = self._json(suite, REPORT_DATA, dict)
-            result = parse_result(value, f"{REPORT_DATA} in MLflow")
+            value = self._json(suite, REPORT_DATA, dict) or {}
+            printed = str(value.get("printed", ""))
+            report = parse_result(value, f"{REPORT_DATA} in MLflow", printed=printed)
         except StoreError:
             raise  # the store failed, not this report
         except ReportError as error:
             return SuiteReport(version=str(error), note=f"Its report is excluded: {error}")
-        return SuiteReport(
-            version=hashlib.sha256(json.dumps(value).encode()).hexdigest(),
-            claims=result.claims,
-            sweeps=result.sweeps,
-            printed=str((value or {}).get("printed") or ""),
-        )
+        return replace(report, version=hashlib.sha256(json.dumps(value).encode()).hexdigest())
 
     def _json(self, run_id: str, name: str, kind: type) -> Any:
         text = self.store.text(run_id, name)
