@@ -35,7 +35,6 @@ from pipeline.report.results import (
     refuse_damage,
 )
 from pipeline.report.selection import (
-    is_study,
     refuse_unlike,
     select_runs,
     with_baseline,
@@ -202,8 +201,9 @@ def print_comparison(
     runs_dir, console = Path(runs_dir), console or new_console()
     runs = read_runs(runs_dir)
     members = select_runs(runs_dir, names, runs) if folders is None else [*map(read_run, folders)]
-    is_key = len(names) == 1 and is_study(runs, os.fspath(names[0]))
-    if not names or (is_key and not (runs_dir / names[0]).exists()):
+    key = os.fspath(names[0]) if len(names) == 1 else ""
+    is_key = key != "" and any(run.study.startswith(key) for run in runs)
+    if not names or (is_key and not (runs_dir / key).exists()):
         compared_groups, refusals = _compare_each(runs, members, against, within)
     else:
         refusals = []

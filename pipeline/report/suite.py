@@ -358,8 +358,8 @@ def _own_report(
 ) -> tuple[SuiteReport, list[str]]:
     """The suite's report, or a note that the suite has not finished.
 
-    Without a report of its own, a suite has only its measured sweeps. A report that fails raises an error, because a page without claims must not replace an
-    earlier page.
+    Without a report of its own, a suite has only its measured sweeps. A report that fails raises an
+    error, because a page without claims must not replace an earlier page.
 
     Raises:
         ReportError: `judged` (the baseline and the tolerance) is set, or the report fails.
