@@ -155,8 +155,8 @@ class Store(ABC):
     """An MLflow store. All methods may raise `StoreError`."""
 
     @abstractmethod
-    def runs(self, study: str | None = None) -> list[StoredRun]:
-        """The spiketrain runs of a study key, newest start first; all runs if `study` is None."""
+    def runs(self) -> list[StoredRun]:
+        """All spiketrain runs, newest start first."""
 
     @abstractmethod
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
@@ -340,14 +340,9 @@ _RUNS = f"""
     join tags k on k.run_uuid = r.run_uuid and k.key = '{KIND_TAG}' and k.value = 'run'
     join tags t on t.run_uuid = r.run_uuid
     where r.lifecycle_stage = 'active' and e.lifecycle_stage = 'active'
+    group by r.run_uuid order by r.start_time desc
 """
-_IN_ORDER = "group by r.run_uuid order by r.start_time desc"
-_OF_STUDY = """
-    and r.run_uuid in (select run_uuid from tags where key = 'spiketrain.study' and value = ?)
-"""
-_LATEST = """
-    select r.run_uuid, r.key, r.value, r.is_nan, r.timestamp from latest_metrics r where true
-"""
+_LATEST = "select run_uuid, key, value, is_nan, timestamp from latest_metrics"
 _ARTIFACT_URI = "select artifact_uri from runs where run_uuid = ? and lifecycle_stage = 'active'"
 _HISTORY = """
     select step, timestamp, value, is_nan from metrics
@@ -361,11 +356,10 @@ class SqliteStore(Store):
     def __init__(self, file: Path) -> None:
         self.file = file.absolute()
 
-    def runs(self, study: str | None = None) -> list[StoredRun]:
-        condition, values = ("", ()) if study is None else (_OF_STUDY, (study,))
+    def runs(self) -> list[StoredRun]:
         with self._connection() as connection:
-            rows = connection.execute(_RUNS + condition + _IN_ORDER, values).fetchall()
-            latest = connection.execute(_LATEST + condition, values).fetchall()
+            rows = connection.execute(_RUNS).fetchall()
+            latest = connection.execute(_LATEST).fetchall()
         times: dict[str, int] = {}
         metrics: dict[str, dict[str, float]] = {}
         for run, key, value, is_nan, time in latest:
@@ -486,11 +480,8 @@ class ServerStore(Store):
         # `connect` disables retries.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 
-    def runs(self, study: str | None = None) -> list[StoredRun]:
+    def runs(self) -> list[StoredRun]:
         condition = f"tags.`{KIND_TAG}` = 'run'"
-        if study is not None:
-            unquoted = study.replace("'", "")
-            condition += f" and tags.`spiketrain.study` = '{unquoted}'"
         with self._store_errors():
             from mlflow.utils import get_results_from_paginated_fn as all_pages
 

@@ -22,11 +22,10 @@ def store() -> FakeStore:
 
 def test_a_run_that_ended_is_read_once(store: FakeStore):
     live = Live(store)
-    [member] = live.members(KEY)
-    found = live.study([member])
+    found = live.study(store.members)
     assert found.runs == (run(name="bptt"),) and found.runs[0].history == run().history
     asked = len(store.asked)
-    assert live.study(live.members(KEY)).runs == found.runs and len(store.asked) == asked
+    assert live.study(store.members).runs == found.runs and len(store.asked) == asked
 
 
 def test_an_artifact_that_arrives_late_is_seen(store: FakeStore):

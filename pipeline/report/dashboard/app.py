@@ -96,7 +96,8 @@ class _Endpoints:
         """Return the list. Periodic requests (`look`) read the store; others may use the cache."""
         view = _requested_view()
         try:
-            all_studies = self._studies(fresh_s=0.0 if request.args.get("look") else self._every)
+            fresh_s = 0.0 if request.args.get("look") else self._every
+            all_studies = studies(self._live.listed(fresh_s=fresh_s))
         except ReportError as error:
             return _trouble(error)
         listed = [(each, _differs(each, all_studies)[1]) for each in view.listed(all_studies)]
@@ -109,8 +110,8 @@ class _Endpoints:
     def study(self) -> dict[str, Any] | tuple[str, int]:
         """Return a study as JSON, or 204 if the page already shows this version (`seen`)."""
         try:
-            view, known = self._opened()
-            members = view.members(self._live.members(view.study))
+            view, all_runs = self._opened()
+            members = view.members(all_runs)
             if not members:
                 return {"window": _WINDOW, "html": _trouble(_NO_RUN)}
             runs = view.picked(members)
@@ -130,7 +131,7 @@ class _Endpoints:
             is_second="second" in request.args,
             title=found.title,
             facts=facts_of(found.fields),
-            differs=_differs(found, known, view.beside),
+            differs=_differs(found, studies(all_runs), view.beside),
             hash=found.study[:8],
             members=members,
             picked=runs,
@@ -149,8 +150,8 @@ class _Endpoints:
         name = request.args.get("name", "")
         shown: Any = {"title": "", "facts": "", "differs": (), "hash": "", "newest": None}
         try:
-            view, _ = self._opened()
-            runs = view.picked(self._live.members(view.study))
+            view, all_runs = self._opened()
+            runs = view.picked(all_runs)
             shown |= {"members": runs, "picked": runs}
             study, reports = self._live.study(runs), self._live.reports(runs)
         except ReportError as error:
@@ -162,15 +163,12 @@ class _Endpoints:
             )
         return Response(table.to_csv(), mimetype="text/csv")
 
-    def _studies(self, *, fresh_s: float) -> Sequence[StoredStudy]:
-        return studies(self._live.listed(fresh_s=fresh_s))
-
-    def _opened(self) -> tuple[ViewState, Sequence[StoredStudy]]:
-        """Return the requested view, of the newest study if it names none, and all studies."""
-        view, known = _requested_view(), self._studies(fresh_s=self._every)
-        if not view.study and known:
-            view = view.at_study(known[0])
-        return view, known
+    def _opened(self) -> tuple[ViewState, Sequence[StoredRun]]:
+        """Return the requested view, of the newest study if it names none, and all runs."""
+        view, all_runs = _requested_view(), self._live.listed(fresh_s=self._every)
+        if not view.study and all_runs:
+            view = view.at_study(studies(all_runs)[0])
+        return view, all_runs
 
 
 def _differs(study: StoredStudy, known: Sequence[StoredStudy], beside: str = "") -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """The current state of a study in a store, including running runs.
 
     live = Live(open_store(uri))
-    live.study(live.members(key))
+    live.study(live.listed(fresh_s=5.0))
 
 A cache keeps the runs. A run is read again when its status in MLflow changes, or when MLflow has a
 newer artifact or metric. For a running run, only the points after its stored journal are requested.
@@ -49,7 +49,7 @@ _METRICS = ("loss", "top1")  # under train/ and val/
 _PARTS = tuple(f"{name}_s" for name in (*PARTS, REST))
 _ARTIFACT_TAG = "spiketrain.artifact."  # prefix of the tags with the version of each artifact
 _CACHE_SIZE = 512  # entries
-_FRESH_S = 0.5  # the members of a study and the report of a suite are cached for this time
+_FRESH_S = 0.5  # the report of a suite is cached for this time
 T_ = TypeVar("T_")
 
 
@@ -67,9 +67,6 @@ class Live:
     def listed(self, *, fresh_s: float) -> list[StoredRun]:
         """Return all runs, from a list at most `fresh_s` seconds old. 0: read the store."""
         return self._cached(("listed", ""), self.store.runs, fresh_s=fresh_s)
-
-    def members(self, study: str) -> list[StoredRun]:
-        return self._cached(("members", study), lambda: self.store.runs(study), fresh_s=_FRESH_S)
 
     def study(self, runs: Sequence[StoredRun]) -> Study:
         """Return a study of these runs. Its notes name excluded runs and thinned curves.
