@@ -367,7 +367,7 @@ def test_nothing_is_drawn_again_without_news(store: FakeStore):
     assert asking.study(f"?study={KEY}", seen=before) == {}
     assert "Where the time goes" in asking.show(f"?study={KEY}&view=time", seen=before)
     store.add("going", rule="SLTT", status="RUNNING")
-    asking = Asking(store)  # a look lasts half a second
+    asking = Asking(store)  # its list is kept for a second
     grown = asking.show(
         f"?study={KEY}&runs={'.'.join(run.id[:8] for run in store.members[1:])}", seen=before
     )
@@ -475,7 +475,7 @@ def test_a_link_to_a_file_stays_the_groups_whatever_runs_come(store: FakeStore):
     file = f"/csv?study={KEY}&name={two[0]}-ratios"
     before = asking.client.get(file).get_data(as_text=True)
     store.add_finished("ottt", "OTTT-A")
-    asking = Asking(store)  # a look lasts half a second
+    asking = Asking(store)  # its list is kept for a second
     assert (
         list(_groups(asking)) == [one, two]
         and asking.client.get(file).get_data(as_text=True) == before

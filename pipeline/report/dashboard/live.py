@@ -49,7 +49,6 @@ _METRICS = ("loss", "top1")  # under train/ and val/
 _PARTS = tuple(f"{name}_s" for name in (*PARTS, REST))
 _ARTIFACT_TAG = "spiketrain.artifact."  # prefix of the tags with the version of each artifact
 _CACHE_SIZE = 512  # entries
-_FRESH_S = 0.5  # the report of a suite is cached for this time
 T_ = TypeVar("T_")
 
 
@@ -122,9 +121,7 @@ class Live:
             commit = f", commit {' and '.join(commits)}" if commits else ""
             name = tags[0].get("spiketrain.suite") or "A suite"
             title = f"{name} ({suite[:8]}){commit}, on {'; '.join(machines)}"
-            read = partial(self._read_report, suite)
-            report = self._cached(("report", suite), read, fresh_s=_FRESH_S)
-            reports.append(replace(report, key=suite[:8], title=title))
+            reports.append(replace(self._read_report(suite), key=suite[:8], title=title))
         return reports
 
     def run(self, stored: StoredRun) -> Run:
