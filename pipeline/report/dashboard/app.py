@@ -49,14 +49,13 @@ _PLOTLY = "/plotly.js"
 _KEPT = {"Content-Encoding": "gzip", "Cache-Control": "private, max-age=31536000, immutable"}
 
 
-def make_app(store: Store, *, name: str, every: float, patience_s: float | None = None) -> Flask:
+def make_app(store: Store, *, name: str, every: float) -> Flask:
     """Make the server.
 
     Args:
         name: the name of the store on the page.
-        every: seconds between the periodic requests of an open page.
-        patience_s: seconds after which a page repeats an unanswered request; None: 5 times
-            `every`, at least 30.
+        every: seconds between the periodic requests of an open page. A page repeats a request
+            that is unanswered for 5 times as long, at least for 30 s.
     """
     environment().filters |= {
         "seeds": lambda seeds: first_few(seeds, 6),
@@ -72,7 +71,7 @@ def make_app(store: Store, *, name: str, every: float, patience_s: float | None 
             name=name,
             plotly=f"{_PLOTLY}?{hashlib.sha256(plotly_script()).hexdigest()[:8]}",
             every=f"{every:g}",
-            patience=patience_s or max(30.0, 5 * every),
+            patience=max(30.0, 5 * every),
         )
     )
     app.add_url_rule("/", "shell", lambda: shell)
