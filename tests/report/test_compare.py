@@ -21,7 +21,6 @@ from pipeline.report.results import ReportError
 from pipeline.report.study import FOLDED_ALONE, RECOMPUTES_NOTHING, Difference
 from pipeline.report.suite import read_study
 from tests.helpers.events import RawJournal, event
-from tests.helpers.hand_made import group_of, run
 from tests.helpers.small import command
 from tests.report.conftest import RECIPE, STUDY, compare, make_all
 
@@ -729,16 +728,6 @@ def test_printing_in_each_format(
     make_run("bptt")
     code, said, error = command(monkeypatch, capsys)("compare", "--runs", str(runs_dir), *options)
     assert re.search(out, said) and code == (2 if "xml" in options else 0), error
-
-
-def test_the_interval_of_three_pairs_by_hand():
-    runs = [run(seed=seed, top1=top1) for seed, top1 in enumerate((0.91, 0.92, 0.90, 0.5))]
-    runs += [run("SLTT", seed=seed, top1=top1) for seed, top1 in enumerate((0.905, 0.911, 0.899))]
-    [found] = group_of(*runs).differences
-    # Student's t of two degrees of freedom, 97.5 %, from a printed table
-    reach = 4.302653 * math.sqrt(sum((x - 0.5) ** 2 for x in [0.5, 0.9, 0.1]) / 2) / math.sqrt(3)
-    by_hand = pytest.approx((0.5, 0.5 - reach, 0.5 + reach))
-    assert found.seeds == 3 and (found.mean, found.low, found.high) == by_hand
 
 
 @pytest.mark.parametrize(
