@@ -289,8 +289,7 @@ def _describe_energy(group: Group) -> str:
     """The prices and samples behind the energy, and how the counts differ from published ones."""
     counted = [run for run in group.finished if run.value(ENERGY) is not None]
     sizes = sorted({int(run.value("inference.samples") or 0) for run in counted})
-    first = "the first batch of the first worker's share"
-    sources = ((run.summary or {})["inference"].get("counted_on", first) for run in counted)
+    sources = ((run.summary or {})["inference"]["counted_on"] for run in counted)
     if any(run.value(ENERGY_MEASURED) is not None for run in group.finished):
         measured = f"Joules measured on cards are {MEASURED_CAPTION}"
     elif any(run.hardware.get("gpu", "none") != "none" for run in group.finished):
@@ -534,8 +533,7 @@ def standing(run: Run) -> str:
 
 def published(run: Run) -> tuple[tuple[int, float], ...]:
     """Epochs and top-1 in 0..1 of the published log in the recipe; empty without one."""
-    points = run.recipe.get("published")
-    points = points if isinstance(points, (list, tuple)) else ()
+    points = run.recipe.get("published") or ()
     return tuple((int(epoch), float(top1)) for epoch, top1 in points)
 
 
@@ -556,8 +554,7 @@ def thinned(curve: Sequence[Point]) -> list[Point]:
 
 def _other_setting(run: Run) -> str:
     """Differences from the published setting: `time_steps 4 published, 2 here`; may be empty."""
-    setting = run.recipe.get("published_setting")
-    published_fields = dict(flat(dict(setting))) if isinstance(setting, (list, tuple)) else {}
+    published_fields = dict(flat(dict(run.recipe.get("published_setting") or ())))
     fields = dict(flat(run.recipe))
     return ", ".join(
         f"{key} {value} published, {fields.get(key, 'not set')} here"

@@ -310,7 +310,7 @@ SWEPT = {
 }
 
 
-_TRIED = {"forward_s": 1.0, "backward_s": 1.0}
+_TRIED = {"forward_s": 1.0, "backward_s": 1.0, "state_bytes": 0}
 LARGEST = {
     "memory_bytes": 10**8,
     "points": [

@@ -254,7 +254,6 @@ def test_what_the_report_of_each_suite_tells_is_by_itself(store: FakeStore):
     assert live.reports(store.members[-1:]) == []  # launched alone
     store.refused["first-launch"] = "report.json cannot be read"
     assert (
-        live.reports(store.members)[1].note
-        == "Its report is excluded: report.json cannot be read"
+        live.reports(store.members)[1].note == "Its report is excluded: report.json cannot be read"
     )
     assert len(live.study(store.members).runs) == 4
