@@ -32,11 +32,7 @@ class ViewState:
         Args:
             second: return the view of the second study, which the query names as `beside`.
         """
-        try:
-            fields = parse_qs(search.lstrip("?"), max_num_fields=20)
-        except ValueError:  # the query has more fields than any of our URLs
-            return cls()
-        query = {name: values[-1] for name, values in fields.items()}
+        query = {name: values[-1] for name, values in parse_qs(search.lstrip("?")).items()}
         study, beside, prefix = "study", "beside", ""
         if second:
             study, beside, prefix = "beside", "study", "beside_"
