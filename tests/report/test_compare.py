@@ -20,7 +20,6 @@ from pipeline.report.compare import Comparison, comparisons, csv_of, print_compa
 from pipeline.report.results import ReportError
 from pipeline.report.study import FOLDED_ALONE, RECOMPUTES_NOTHING, Difference
 from pipeline.report.suite import read_study
-from tests.helpers.events import RawJournal, event
 from tests.helpers.small import command
 from tests.report.conftest import RECIPE, STUDY, compare, make_all
 
@@ -688,21 +687,6 @@ def test_what_json_and_spreadsheets_have_no_place_for(
     [_, row] = rows_of(compare(runs_dir))
     assert (row["loss"], row["not_finite.loss"], row["versions.x"]) == ("", "nan", "'+x")
     assert row["not_finite.inference.energy_j"] == "-inf"
-
-
-def test_a_run_that_does_not_say_its_rule_is_of_an_unknown_one(make_run: Callable, runs_dir: Path):
-    _, old = make_all(make_run, {"bptt": {}, "old": {"rule": "SLTT"}})
-    summary = json.loads((old / "summary.json").read_text())
-    del summary["rule"]
-    (old / "summary.json").write_text(json.dumps({**summary, "recipe": "=1+1"}))
-    with RawJournal(old / "journal.jsonl", attempt=1) as journal:
-        journal.write(event("start", step=100))
-        journal.write(event("finish", step=100))
-    comparison = compare(runs_dir, ["bptt", "old"])
-    assert "unknown rule" in text_of(comparison)
-    names = ("rule", "recipe", "behind.ratios_to")
-    told = [tuple(row[name] for name in names) for row in rows_of(comparison)]
-    assert told == [("BPTT", "bptt", "BPTT"), ("unknown rule", "'=1+1", "BPTT")]
 
 
 @pytest.mark.parametrize(
