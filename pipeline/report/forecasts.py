@@ -36,31 +36,19 @@ _LOWEST_COSINE = Column("lowest cosine", align_right=True, wraps=True)
 Row = dict[str | Column, str]  # cell texts by column; a column given as text contains numbers
 
 
-def show_recipe(
-    made: Recipe | Suite,
-    workers: int,
-    console: Console | None = None,
-    *,
-    counts_steps: bool = False,
-) -> None:
-    """Print a recipe's fields, parameters, study key, global batch and DeepSpeed settings.
+def show_recipe(made: Recipe | Suite, workers: int, console: Console | None = None) -> None:
+    """Print a recipe's fields, size, study key, cost of a step and DeepSpeed settings.
 
     For a suite, values that all recipes share are printed once, and then the other values of each
-    recipe. Neither the data files nor the weights of referenced runs are needed.
-
-    Args:
-        counts_steps: also print the cost of one step of each recipe, counted without running it.
+    recipe. Neither the data files nor the weights of referenced runs are needed: the step is
+    counted without running it.
     """
     console = console or new_console()
     if isinstance(made, Recipe):
         refuse_references(made)
         made = Suite((made,))
     with with_placeholder_weights(made) as loadable_recipes:
-        step_costs: Sequence[str] = (
-            describe_steps(loadable_recipes, workers)
-            if counts_steps
-            else [""] * len(loadable_recipes)
-        )
+        step_costs = describe_steps(loadable_recipes, workers)
         described = [
             (recipe.flat(), _derived(recipe, loadable, workers, step_cost))
             for recipe, loadable, step_cost in zip(
@@ -83,7 +71,7 @@ def _derived(recipe: Recipe, loadable: Recipe, workers: int, step_cost: str) -> 
 
     Args:
         loadable: the recipe with placeholder weights in place of references to runs.
-        step_cost: the description of one step's cost, or an empty text.
+        step_cost: the description of one step's cost.
     """
     network = check_recipe(loadable.with_untrained_teacher(), workers)  # may download weights
     split = recipe.split(workers)
@@ -103,9 +91,8 @@ def _derived(recipe: Recipe, loadable: Recipe, workers: int, step_cost: str) -> 
             f" {counted(split.micro_batch, 'sample')} x"
             f" {counted(split.accumulation, 'accumulation step')}"
         ),
+        "one step": step_cost,
     }
-    if step_cost:
-        lines["one step"] = step_cost
     if isinstance(rate := recipe.optimizer.kwargs.get("lr"), float):
         lines["learning rate"] = (
             f"{rate:g}; scaled linearly to a batch of 256 samples:"
