@@ -142,25 +142,15 @@ class Comparison:
         print_table(console, columns, rows, title=title)
 
 
-def comparisons(
-    runs_dir: str | os.PathLike[str],
-    folders: Iterable[Path],
-    *,
-    against: str = BASELINE,
-    within: float = WITHIN,
-) -> list[Comparison]:
-    """Compare runs, grouped by study and conditions (see `comparable`).
-
-    Args:
-        against: the rule that ratios and differences refer to.
-        within: the tolerated loss in points of accuracy, for the verdict on paired seeds.
+def comparisons(runs_dir: str | os.PathLike[str], folders: Iterable[Path]) -> list[Comparison]:
+    """Compare runs with BPTT, grouped by study and conditions (see `comparable`).
 
     Raises:
         ReportError: no run of a study finished, its runs differ in more than the rule and the
             seed, or a file of a run is damaged.
     """
     compared_groups, refusals = _compare_each(
-        read_runs(Path(runs_dir)), list(map(read_run, folders)), against, within
+        read_runs(Path(runs_dir)), list(map(read_run, folders)), BASELINE, WITHIN
     )
     if refusals:
         raise refusals[0]
@@ -192,7 +182,8 @@ def print_comparison(
         folders: the folders of the compared runs; None: `names` select the runs.
         format: "table" prints tables on the console; "json" prints a list of comparisons; "csv"
             prints one line per finished run.
-        against, within: as in `comparisons`.
+        against: the rule that ratios and differences refer to.
+        within: the tolerated loss in points of accuracy, for the verdict on paired seeds.
 
     Raises:
         ReportError: no run finished; the runs differ in more than the rule and the seed; a file of

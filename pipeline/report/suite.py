@@ -91,7 +91,7 @@ def print_suite(
 
     Args:
         trust: the user's own packages that the suite's report and recipes may be imported from.
-        against, within: as in `comparisons`; a suite's own report takes neither.
+        against, within: as in `print_comparison`; a suite's own report takes neither.
         format: "table" prints the suite's own report or, without one, comparisons; "json" prints
             the value that the report returns, or the comparisons as JSON; "csv" prints one line per
             finished run, except trials. For json and csv, unfinished runs are listed on stderr.
