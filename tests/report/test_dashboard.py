@@ -5,11 +5,9 @@ of a store in trouble.
 import gzip
 import html
 import re
-import sqlite3
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +17,7 @@ from pipeline.report.dashboard.app import make_app
 from pipeline.report.dashboard.guard import COOKIE, guard
 from pipeline.report.dashboard.permalink import ViewState
 from pipeline.report.page import VIEWS
-from pipeline.report.stores import Store, StoredRun, open_store
+from pipeline.report.stores import Store, StoredRun
 from tests.helpers.fake_store import FakeStore
 from tests.helpers.hand_made import CLAIM, KEY, study
 from tests.helpers.small import Refused
@@ -564,23 +562,3 @@ def test_a_store_in_trouble_is_a_sentence_and_the_store_that_is_back_is_shown(st
     assert asking.client.get(f"/csv?study={KEY}&name={GROUP}-ratios").status_code == 503
     store.trouble = ""
     assert KEY[:8] in asking.list() and len(asking.picked(f"?study={KEY}")) == 5
-
-
-def test_files_that_are_no_store_yet(tmp_path: Path):
-    file = tmp_path / "mlflow.db"
-    asking = Asking(open_store(str(file)))
-    assert "does not exist; launch a run" in asking.list()
-    file.touch()
-    assert "is empty, because no run was sent to it" in asking.list() and "is empty" in asking.show(
-        "?study=x"
-    )
-    file.write_text("half of something\n" * 100)
-    assert "is damaged (file is not a database)" in asking.list()
-    file.unlink()
-    with sqlite3.connect(file) as other:
-        other.execute("create table alembic_version (version_num text)")
-    holder = sqlite3.connect(file)
-    holder.execute("begin exclusive")
-    assert "was locked by another process for over 2 s" in asking.list()
-    holder.close()
-    assert list(tmp_path.iterdir()) == [file]
