@@ -57,15 +57,19 @@ class Live:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        # One thread reads a run; the other threads wait, and then find the run in the cache. The
+        # list of runs is read outside the lock: a slow list must not block the figures.
         self._lock = threading.Lock()
-        # One thread reads a run; the other threads wait, and then find the run in the cache.
-        self._run_lock = threading.Lock()
-        # By key: the time, the version and the value.
-        self._cache: OrderedDict[tuple[str, str], tuple[float, object, Any]] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str], tuple[object, Any]] = OrderedDict()  # by version
+        self._listed: tuple[float, list[StoredRun]] = (-math.inf, [])  # the time, and the runs
 
     def listed(self, *, fresh_s: float) -> list[StoredRun]:
         """Return all runs, from a list at most `fresh_s` seconds old. 0: read the store."""
-        return self._cached(("listed", ""), self.store.runs, fresh_s=fresh_s)
+        read_at, runs = self._listed
+        if time.monotonic() - read_at >= fresh_s:
+            runs = self.store.runs()
+            self._listed = time.monotonic(), runs
+        return runs
 
     def study(self, runs: Sequence[StoredRun]) -> Study:
         """Return a study of these runs. Its notes name excluded runs and thinned curves.
@@ -127,38 +131,27 @@ class Live:
     def run(self, stored: StoredRun) -> Run:
         """Return a run from its artifacts, and from its metrics if it runs or has no journal."""
         versions = sorted(item for item in stored.tags.items() if item[0].startswith(_ARTIFACT_TAG))
-        with self._run_lock:
+        with self._lock:
             return self._cached(
                 ("run", stored.id),
+                (stored.status, stored.newest, versions),
                 partial(self._read, stored),
-                version=(stored.status, stored.newest, versions),
             )
 
-    def _cached(
-        self,
-        key: tuple[str, str],
-        read: Callable[[], T_],
-        *,
-        version: object = None,
-        fresh_s: float = math.inf,
-    ) -> T_:
-        """Return the cached value. Read it anew if its version differs or it is `fresh_s` old."""
-        read_at, known, value = self._cache.get(key, (-math.inf, None, None))
-        if known != version or time.monotonic() - read_at >= fresh_s:
-            value = read()  # outside the lock: a slow list must not block the figures
-            read_at = time.monotonic()
-        with self._lock:
-            self._cache[key] = read_at, version, value
-            self._cache.move_to_end(key)
-            if len(self._cache) > _CACHE_SIZE:
-                self._cache.popitem(last=False)
-        return value  # type: ignore[return-value]
+    def _cached(self, key: tuple[str, str], version: object, read: Callable[[], T_]) -> T_:
+        """Return the cached value of this version, or read it."""
+        if key not in self._cache or self._cache[key][0] != version:
+            self._cache[key] = version, read()
+        self._cache.move_to_end(key)
+        if len(self._cache) > _CACHE_SIZE:
+            self._cache.popitem(last=False)
+        return self._cache[key][1]
 
     def _read(self, stored: StoredRun) -> Run:
         sent = self._cached(
             ("journal", stored.id),
+            stored.tags.get(_ARTIFACT_TAG + JOURNAL),
             partial(self.store.journal, stored.id),
-            version=stored.tags.get(_ARTIFACT_TAG + JOURNAL),
         )
         starts = [event.to_dict() for event in sent.events if isinstance(event, Start)]
         is_running = stored.state == "running"
