@@ -78,7 +78,7 @@ def show(
     workload = load_changed(recipe, changes, tiny)
     from pipeline.report.forecasts import show_recipe
 
-    show_recipe(workload, workers, counts_steps=True)
+    show_recipe(workload, workers)
 
 
 @commands.command(rich_help_panel=COMPARE, epilog=example("spiketrain probe fashion/sltt"))

@@ -3,6 +3,7 @@
 import signal
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -46,7 +47,7 @@ from pipeline.cli.submit import (
     Where,
     submit_to_cluster,
 )
-from pipeline.cli.write import MaxUnreadable, progress_bar, report_written
+from pipeline.cli.write import MaxUnreadable, run_writer
 from pipeline.core.printing import new_console, say_next
 from pipeline.core.run_folder import RunFolder
 from pipeline.recipe.recipe import Recipe, read_json
@@ -383,18 +384,19 @@ def _in_ffcv_files(pictures: Path, folder: Path, val: float | None, max_unreadab
 
     if (pictures / "train.beton").exists():
         return pictures
-    with progress_bar(pictures.name) as bar:
-        if val is None and not (pictures / "train").is_dir():
-            val = 0.1
-        written = write_folder(
+    if val is None and not (pictures / "train").is_dir():
+        val = 0.1
+    run_writer(
+        pictures.name,
+        partial(
+            write_folder,
             pictures,
             folder,
             val=val,
             max_unreadable=max_unreadable,
-            progress=bar,
             existing="keep",
-        )
-    report_written(written)
+        ),
+    )
     return folder
 
 

@@ -1,8 +1,8 @@
 """`spiketrain write` and `verify`: write data sets as FFCV files, and check them."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -83,9 +83,9 @@ def write_fashion(
     """Fashion-MNIST: 60,000 training and 10,000 test images, 28 x 28, 10 classes."""
     from pipeline.data.write.images import write_fashion as write_files
 
-    with progress_bar("fashion") as bar:
-        written = write_files(out, workers=workers, source=source, progress=bar, existing=existing)
-    report_written(written)
+    run_writer(
+        "fashion", partial(write_files, out, workers=workers, source=source, existing=existing)
+    )
 
 
 @write.command(
@@ -131,21 +131,20 @@ def write_folder(
     """Pictures in a folder for each class."""
     from pipeline.data.write.images import write_folder as write_files
 
-    with progress_bar(source.name) as bar:
-        written = write_files(
-            source,
-            out,
-            mode=mode,
-            max_resolution=max_resolution,
-            quality=quality,
-            workers=workers,
-            exif=exif,
-            val=val,
-            max_unreadable=max_unreadable,
-            progress=bar,
-            existing=existing,
-        )
-    report_written(written)
+    writer = partial(
+        write_files,
+        source,
+        out,
+        mode=mode,
+        max_resolution=max_resolution,
+        quality=quality,
+        workers=workers,
+        exif=exif,
+        val=val,
+        max_unreadable=max_unreadable,
+        existing=existing,
+    )
+    run_writer(source.name, writer)
 
 
 @write.command("events", epilog=example("spiketrain write events moving --out data/moving"))
@@ -205,20 +204,19 @@ def write_events(
         "val_samples": val_samples,
         "gap": gap,
     }
-    with progress_bar(name) as bar:
-        written = write_files(
-            name,
-            out,
-            frames_by=frames_by,
-            counts=counts,
-            overflow=overflow,
-            workers=workers,
-            max_unreadable=max_unreadable,
-            progress=bar,
-            existing=existing,
-            **{key: value for key, value in options.items() if value is not None},
-        )
-    report_written(written)
+    writer = partial(
+        write_files,
+        name,
+        out,
+        frames_by=frames_by,
+        counts=counts,
+        overflow=overflow,
+        workers=workers,
+        max_unreadable=max_unreadable,
+        existing=existing,
+        **{key: value for key, value in options.items() if value is not None},
+    )
+    run_writer(name, writer)
 
 
 @write.command(
@@ -268,23 +266,22 @@ def write_stamps(
     """
     from pipeline.data.write.stamps import write_stamps as write_files
 
-    with progress_bar("stamps") as bar:
-        written = write_files(
-            out,
-            size=size,
-            split=split,
-            samples=samples,
-            val_samples=val_samples,
-            smallest=smallest,
-            content_seed=content_seed,
-            source=source,
-            mode=mode,
-            quality=quality,
-            workers=workers,
-            progress=bar,
-            existing=existing,
-        )
-    report_written(written)
+    writer = partial(
+        write_files,
+        out,
+        size=size,
+        split=split,
+        samples=samples,
+        val_samples=val_samples,
+        smallest=smallest,
+        content_seed=content_seed,
+        source=source,
+        mode=mode,
+        quality=quality,
+        workers=workers,
+        existing=existing,
+    )
+    run_writer("stamps", writer)
 
 
 @commands.command(rich_help_panel=DATA, epilog=example("spiketrain verify data/fashion"))
@@ -305,9 +302,14 @@ def _size(manifest: "Manifest") -> str:
     return f"{counted(manifest.samples, 'sample')}, {counted(len(manifest.classes), 'class')}"
 
 
-@contextmanager
-def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar on a terminal. If too many samples are unreadable, list them."""
+def run_writer(name: str, write: Callable[..., list["Manifest"]]) -> None:
+    """Write files with a progress bar on a terminal, and print how many samples each has.
+
+    Samples that are skipped, left out, or too many of which are unreadable are listed on stderr.
+
+    Args:
+        write: writes the files. It is called with the keyword `progress`.
+    """
     from pipeline.data.write.writer import TooManyUnreadable
 
     console = new_console(stderr=True)
@@ -321,13 +323,12 @@ def progress_bar(name: str) -> Iterator[Callable[[int, int], None]]:
             disable=not console.is_terminal,
         ) as progress:
             task = progress.add_task(f"write {name}", total=None)
-            yield lambda done, total: progress.update(task, completed=done, total=total)
+            manifests = write(
+                progress=lambda done, total: progress.update(task, completed=done, total=total)
+            )
     except TooManyUnreadable as error:
         _list_entries("unreadable", error.unreadable)
         raise
-
-
-def report_written(manifests: list["Manifest"]) -> None:
     for manifest in manifests:
         print(f"{manifest.file}: {_size(manifest)}, {len(manifest.skipped)} skipped", flush=True)
         _list_entries("skipped", manifest.skipped)

@@ -43,13 +43,11 @@ def rounded(value: float, *, digits: int = 4) -> str:
 
 
 def format_quantity(value: float, *, kind: str) -> str:
-    """A number as text: bytes, seconds or joules with the unit, a count, rate, ratio or share."""
+    """A number as text: bytes, seconds or joules with the unit, a count, a rate or a share."""
     if kind == "share":
         return f"{value:.2%}"
     if kind == "rate":
         return rounded(value)
-    if kind == "ratio":
-        return f"×{value:.2f}" if value >= 0.1 else f"×{value:.2g}"
     scale, unit = unit_of(kind, [value])
     return f"{rounded(value / scale, digits=3)} {unit}".rstrip()
 

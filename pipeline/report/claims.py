@@ -46,31 +46,42 @@ class Claim:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SuiteResult:
-    """The claims and sweeps that a suite's own report returned."""
+class SuiteReport:
+    """What a suite's own report returned and printed. Without a title, it is of the whole page."""
 
     claims: tuple[Claim, ...] = ()
     sweeps: tuple[Mapping[str, Any], ...] = ()
+    printed: str = ""
+    key: str = ""  # begins the names of its files
+    title: str = ""  # the suite, with the commits and machines of its shown runs
+    version: str = ""
+    note: str = ""  # why the report is omitted
 
     def to_json(self) -> dict[str, Any]:
-        return {"claims": list(map(asdict, self.claims)), "sweeps": list(map(dict, self.sweeps))}
+        return {
+            "claims": list(map(asdict, self.claims)),
+            "sweeps": list(map(dict, self.sweeps)),
+            "printed": self.printed,
+        }
 
 
-def parse_result(value: Any, where: str) -> SuiteResult:
+def parse_result(value: Any, where: str, *, printed: str = "") -> SuiteReport:
     """Read the "claims" and the "sweeps" of a report's value, each a list or a mapping.
 
     Entries that are no mapping are ignored.
 
     Args:
         where: the source of the value, for messages.
+        printed: the text that the report printed.
 
     Raises:
         ReportError: a claim lacks a field, or a sweep has another form.
     """
     value = value if isinstance(value, Mapping) else {}
-    return SuiteResult(
+    return SuiteReport(
         claims=tuple(map(_claim_of, _objects(value.get("claims")))),
         sweeps=tuple(sweep_of(each, where) for each in _objects(value.get("sweeps"))),
+        printed=printed,
     )
 
 

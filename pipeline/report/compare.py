@@ -35,7 +35,6 @@ from pipeline.report.results import (
     refuse_damage,
 )
 from pipeline.report.selection import (
-    is_study,
     refuse_unlike,
     select_runs,
     with_baseline,
@@ -143,25 +142,15 @@ class Comparison:
         print_table(console, columns, rows, title=title)
 
 
-def comparisons(
-    runs_dir: str | os.PathLike[str],
-    folders: Iterable[Path],
-    *,
-    against: str = BASELINE,
-    within: float = WITHIN,
-) -> list[Comparison]:
-    """Compare runs, grouped by study and conditions (see `comparable`).
-
-    Args:
-        against: the rule that ratios and differences refer to.
-        within: the tolerated loss in points of accuracy, for the verdict on paired seeds.
+def comparisons(runs_dir: str | os.PathLike[str], folders: Iterable[Path]) -> list[Comparison]:
+    """Compare runs with BPTT, grouped by study and conditions (see `comparable`).
 
     Raises:
         ReportError: no run of a study finished, its runs differ in more than the rule and the
             seed, or a file of a run is damaged.
     """
     compared_groups, refusals = _compare_each(
-        read_runs(Path(runs_dir)), list(map(read_run, folders)), against, within
+        read_runs(Path(runs_dir)), list(map(read_run, folders)), BASELINE, WITHIN
     )
     if refusals:
         raise refusals[0]
@@ -193,7 +182,8 @@ def print_comparison(
         folders: the folders of the compared runs; None: `names` select the runs.
         format: "table" prints tables on the console; "json" prints a list of comparisons; "csv"
             prints one line per finished run.
-        against, within: as in `comparisons`.
+        against: the rule that ratios and differences refer to.
+        within: the tolerated loss in points of accuracy, for the verdict on paired seeds.
 
     Raises:
         ReportError: no run finished; the runs differ in more than the rule and the seed; a file of
@@ -202,8 +192,9 @@ def print_comparison(
     runs_dir, console = Path(runs_dir), console or new_console()
     runs = read_runs(runs_dir)
     members = select_runs(runs_dir, names, runs) if folders is None else [*map(read_run, folders)]
-    is_key = len(names) == 1 and is_study(runs, os.fspath(names[0]))
-    if not names or (is_key and not (runs_dir / names[0]).exists()):
+    key = os.fspath(names[0]) if len(names) == 1 else ""
+    is_key = key != "" and any(run.study.startswith(key) for run in runs)
+    if not names or (is_key and not (runs_dir / key).exists()):
         compared_groups, refusals = _compare_each(runs, members, against, within)
     else:
         refusals = []

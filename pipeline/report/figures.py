@@ -121,13 +121,20 @@ def _ratio_markers(
         offset = 0.6 * (position / (len(rules) - 1) - 0.5) if len(rules) > 1 else 0.0
         rows = [names.index(name) for of_rule, name in ratio_of if of_rule == rule]
         ratios = [ratio for (of_rule, _), ratio in ratio_of.items() if of_rule == rule]
+        deviations = [ratio.deviation or 0.0 for ratio in ratios]
         data.append(
             scatter(
                 rule,
                 [ratio.mean for ratio in ratios],
                 [row + offset for row in rows],
                 mode="markers+text",
-                error_x=_error_bars(ratios, index),
+                error_x={
+                    "array": deviations,
+                    "visible": any(deviations),
+                    "color": color(index),
+                    "thickness": 1.5,
+                    "width": 4,
+                },
                 text=[f"{ratio.mean:.2f}" for ratio in ratios],
                 textposition="top center",
                 textfont={"size": 12, "color": color(index)},
@@ -282,8 +289,7 @@ def _describe_energy(group: Group) -> str:
     """The prices and samples behind the energy, and how the counts differ from published ones."""
     counted = [run for run in group.finished if run.value(ENERGY) is not None]
     sizes = sorted({int(run.value("inference.samples") or 0) for run in counted})
-    first = "the first batch of the first worker's share"
-    sources = ((run.summary or {})["inference"].get("counted_on", first) for run in counted)
+    sources = ((run.summary or {})["inference"]["counted_on"] for run in counted)
     if any(run.value(ENERGY_MEASURED) is not None for run in group.finished):
         measured = f"Joules measured on cards are {MEASURED_CAPTION}"
     elif any(run.hardware.get("gpu", "none") != "none" for run in group.finished):
@@ -307,17 +313,6 @@ def pareto(points: Mapping[str, tuple[float, float]]) -> list[str]:
         for name, (cost, gain) in sorted(points.items(), key=lambda item: item[1])
         if not any(c <= cost and g >= gain and (c, g) != (cost, gain) for c, g in points.values())
     ]
-
-
-def _error_bars(spreads: Sequence[Spread], index: int, *, scale: float = 1.0) -> dict[str, Any]:
-    lengths = [scale * (each.deviation or 0.0) for each in spreads]
-    return {
-        "array": lengths,
-        "visible": any(lengths),
-        "color": color(index),
-        "thickness": 1.5,
-        "width": 4,
-    }
 
 
 _SMALL_SHARE = 0.01  # parts with a smaller share of each rule's bar are drawn as one part
@@ -428,7 +423,10 @@ def learning_curves(group: Group) -> Figure | Missing:
             in_legend.add(run.rule)
         kinds = {"training": curve, "evaluation": past.evaluations, "restart": past.restarts}
         rows += [
-            (run.name, run.rule, run.seed, kind, *_point_cells(run, point))
+            (
+                *(run.name, run.rule, run.seed, kind),
+                *(point.step, _epochs(run, point.step), point.seconds, point.top1, point.loss),
+            )
             for kind, points in kinds.items()
             for point in points
         ]
@@ -535,8 +533,7 @@ def standing(run: Run) -> str:
 
 def published(run: Run) -> tuple[tuple[int, float], ...]:
     """Epochs and top-1 in 0..1 of the published log in the recipe; empty without one."""
-    points = run.recipe.get("published")
-    points = points if isinstance(points, (list, tuple)) else ()
+    points = run.recipe.get("published") or ()
     return tuple((int(epoch), float(top1)) for epoch, top1 in points)
 
 
@@ -557,8 +554,7 @@ def thinned(curve: Sequence[Point]) -> list[Point]:
 
 def _other_setting(run: Run) -> str:
     """Differences from the published setting: `time_steps 4 published, 2 here`; may be empty."""
-    setting = run.recipe.get("published_setting")
-    published_fields = dict(flat(dict(setting))) if isinstance(setting, (list, tuple)) else {}
+    published_fields = dict(flat(dict(run.recipe.get("published_setting") or ())))
     fields = dict(flat(run.recipe))
     return ", ".join(
         f"{key} {value} published, {fields.get(key, 'not set')} here"
@@ -591,10 +587,6 @@ def _curve(run: Run, points: Sequence[Point]) -> tuple[list[float], list[float]]
         [_epochs(run, each.step) for each in points],
         [100 * (each.top1 or 0.0) for each in points],
     )
-
-
-def _point_cells(run: Run, point: Point) -> tuple[Cell, ...]:
-    return point.step, _epochs(run, point.step), point.seconds, point.top1, point.loss
 
 
 def _epochs(run: Run, step: int) -> float:

@@ -24,6 +24,7 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite, references, refuse_references
 from pipeline.report.compare import finite
 from pipeline.report.rule_comparison import Comparison
+from pipeline.report.titles import shared_fields
 from pipeline.train.backend.deepspeed import config
 from pipeline.train.build import check_recipe, with_placeholder_weights
 from pipeline.train.tasks import fingerprint_of
@@ -35,55 +36,34 @@ _LOWEST_COSINE = Column("lowest cosine", align_right=True, wraps=True)
 Row = dict[str | Column, str]  # cell texts by column; a column given as text contains numbers
 
 
-def show_recipe(
-    made: Recipe | Suite,
-    workers: int,
-    console: Console | None = None,
-    *,
-    counts_steps: bool = False,
-) -> None:
-    """Print a recipe's fields, parameters, study key, global batch and DeepSpeed settings.
+def show_recipe(made: Recipe | Suite, workers: int, console: Console | None = None) -> None:
+    """Print a recipe's fields, size, study key, cost of a step and DeepSpeed settings.
 
     For a suite, values that all recipes share are printed once, and then the other values of each
-    recipe. Neither the data files nor the weights of referenced runs are needed.
-
-    Args:
-        counts_steps: also print the cost of one step of each recipe, counted without running it.
+    recipe. Neither the data files nor the weights of referenced runs are needed: the step is
+    counted without running it.
     """
     console = console or new_console()
     if isinstance(made, Recipe):
         refuse_references(made)
         made = Suite((made,))
     with with_placeholder_weights(made) as loadable_recipes:
-        step_costs: Sequence[str] = (
-            describe_steps(loadable_recipes, workers)
-            if counts_steps
-            else [""] * len(loadable_recipes)
-        )
+        step_costs = describe_steps(loadable_recipes, workers)
         described = [
             (recipe.flat(), _derived(recipe, loadable, workers, step_cost))
             for recipe, loadable, step_cost in zip(
                 made.recipes, loadable_recipes, step_costs, strict=True
             )
         ]
-    shared_fields, shared_lines = map(_shared, zip(*described, strict=True))
+    same_fields, same_lines = map(shared_fields, zip(*described, strict=True))
     if len(described) > 1:
-        _print_recipe(f"shared by {len(described)} recipes", shared_fields, shared_lines, console)
+        _print_recipe(f"shared by {len(described)} recipes", same_fields, same_lines, console)
     for recipe, (fields, lines) in zip(made.recipes, described, strict=True):
         if len(described) > 1:
             console.print()
-            fields = {key: text for key, text in fields.items() if key not in shared_fields}
-            lines = {key: text for key, text in lines.items() if key not in shared_lines}
+            fields = {key: text for key, text in fields.items() if key not in same_fields}
+            lines = {key: text for key, text in lines.items() if key not in same_lines}
         _print_recipe(recipe.name, fields, lines, console)
-
-
-def _shared(mappings: Sequence[Mapping[str, str]]) -> dict[str, str]:
-    first, *others = mappings
-    return {
-        name: text
-        for name, text in first.items()
-        if all(other.get(name) == text for other in others)
-    }
 
 
 def _derived(recipe: Recipe, loadable: Recipe, workers: int, step_cost: str) -> dict[str, str]:
@@ -91,7 +71,7 @@ def _derived(recipe: Recipe, loadable: Recipe, workers: int, step_cost: str) -> 
 
     Args:
         loadable: the recipe with placeholder weights in place of references to runs.
-        step_cost: the description of one step's cost, or an empty text.
+        step_cost: the description of one step's cost.
     """
     network = check_recipe(loadable.with_untrained_teacher(), workers)  # may download weights
     split = recipe.split(workers)
@@ -111,9 +91,8 @@ def _derived(recipe: Recipe, loadable: Recipe, workers: int, step_cost: str) -> 
             f" {counted(split.micro_batch, 'sample')} x"
             f" {counted(split.accumulation, 'accumulation step')}"
         ),
+        "one step": step_cost,
     }
-    if step_cost:
-        lines["one step"] = step_cost
     if isinstance(rate := recipe.optimizer.kwargs.get("lr"), float):
         lines["learning rate"] = (
             f"{rate:g}; scaled linearly to a batch of 256 samples:"

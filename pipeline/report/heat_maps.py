@@ -195,11 +195,7 @@ def _by_layer(
 
 
 def _why_missing(runs: Iterable[Run]) -> str:
-    pending = [
-        run.name
-        for run in runs
-        if str(recipe_value(run.recipe, "evaluation.fidelity_every") or 0) != "0"
-    ]
+    pending = [run.name for run in runs if recipe_value(run.recipe, "evaluation.fidelity_every")]
     if pending:
         return f"no comparison of gradients yet in {', '.join(pending)}"
     return (

@@ -10,7 +10,6 @@ import gzip
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from pipeline.core.files import write_whole
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.units import rounded
 from pipeline.report import overview, tables
-from pipeline.report.claims import Claim, SuiteResult
+from pipeline.report.claims import SuiteReport
 from pipeline.report.compare import finite
 from pipeline.report.drawing import NOT_MEASURED, Cell, Figure, Missing, Table, color, slug
 from pipeline.report.figures import learning_curves, ratios, standings, time_parts, trade_off
@@ -118,11 +117,9 @@ def publish(found: StudyPage, page: Path) -> list[str]:
         TrackingError: MLflow could not be reached, or refused the page. The message is one line.
     """
     study = found.study
-    own = SuiteResult(claims=study.claims, sweeps=study.sweeps).to_json() | {
-        "printed": study.printed
-    }
+    own = SuiteReport(claims=study.claims, sweeps=study.sweeps, printed=study.printed)
     try:
-        text = json.dumps(finite(own), allow_nan=False)
+        text = json.dumps(finite(own.to_json()), allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ReportError(
             f"report: the own report of {study.title} must return JSON values; {error}"
@@ -188,19 +185,6 @@ class Offers:
         """Offer a drawing and its table. Returns the address of the table."""
         self.drawings[key] = figure.drawing
         return self.table(key, figure.table)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SuiteReport:
-    """What a suite's own report returned and printed. Without a title, it is of the whole page."""
-
-    key: str = ""  # begins the names of its files
-    title: str = ""  # the suite, with the commits and machines of its shown runs
-    version: str = ""
-    claims: Sequence[Claim] = ()
-    sweeps: Sequence[Mapping[str, Any]] = ()
-    printed: str = ""
-    note: str = ""  # why the report is omitted
 
 
 class Section(NamedTuple):

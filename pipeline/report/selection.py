@@ -78,11 +78,6 @@ def _select_named(runs_dir: Path, names: Sequence[str], runs: Sequence[Run]) -> 
     return list(selected.values())
 
 
-def is_study(runs: Sequence[Run], text: str) -> bool:
-    """Whether the study key of a run begins with the text."""
-    return bool(text) and any(run.study.startswith(text) for run in runs)
-
-
 def refuse_unlike(runs: Sequence[Run]) -> None:
     """Refuse runs that differ in more than the rule and the seed.
 

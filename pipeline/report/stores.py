@@ -155,8 +155,8 @@ class Store(ABC):
     """An MLflow store. All methods may raise `StoreError`."""
 
     @abstractmethod
-    def runs(self, study: str | None) -> list[StoredRun]:
-        """The spiketrain runs of a study key, newest start first; all runs if `study` is None."""
+    def runs(self) -> list[StoredRun]:
+        """All spiketrain runs, newest start first."""
 
     @abstractmethod
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
@@ -165,9 +165,6 @@ class Store(ABC):
     @abstractmethod
     def _read(self, run_id: str, name: str, read: Callable[[Path], T_]) -> T_ | None:
         """Apply `read` to an artifact's file; None if the file does not exist."""
-
-    def listed(self) -> list[StoredRun]:
-        return self.runs(None)
 
     def text(self, run_id: str, name: str) -> str | None:
         """The text of an artifact of a run or of a suite's MLflow run; None without the artifact.
@@ -195,7 +192,7 @@ def runs_of_store(store: Store) -> list[Run]:
     """All runs of a store, from tags and metrics. Their recipes have only the protocol."""
     names = ("rule", "study", "seed", "world_size", "micro_batch", "hardware", "commit")
     runs: list[Run] = []
-    for stored in store.runs(None):
+    for stored in store.runs():
         summary: dict[str, Any] = {}
         for key, value in stored.metrics.items():
             if key.startswith(_SUMMARY):
@@ -343,14 +340,9 @@ _RUNS = f"""
     join tags k on k.run_uuid = r.run_uuid and k.key = '{KIND_TAG}' and k.value = 'run'
     join tags t on t.run_uuid = r.run_uuid
     where r.lifecycle_stage = 'active' and e.lifecycle_stage = 'active'
+    group by r.run_uuid order by r.start_time desc
 """
-_IN_ORDER = "group by r.run_uuid order by r.start_time desc"
-_OF_STUDY = """
-    and r.run_uuid in (select run_uuid from tags where key = 'spiketrain.study' and value = ?)
-"""
-_LATEST = """
-    select r.run_uuid, r.key, r.value, r.is_nan, r.timestamp from latest_metrics r where true
-"""
+_LATEST = "select run_uuid, key, value, is_nan, timestamp from latest_metrics"
 _ARTIFACT_URI = "select artifact_uri from runs where run_uuid = ? and lifecycle_stage = 'active'"
 _HISTORY = """
     select step, timestamp, value, is_nan from metrics
@@ -364,11 +356,10 @@ class SqliteStore(Store):
     def __init__(self, file: Path) -> None:
         self.file = file.absolute()
 
-    def runs(self, study: str | None) -> list[StoredRun]:
-        condition, values = ("", ()) if study is None else (_OF_STUDY, (study,))
+    def runs(self) -> list[StoredRun]:
         with self._connection() as connection:
-            rows = connection.execute(_RUNS + condition + _IN_ORDER, values).fetchall()
-            latest = connection.execute(_LATEST + condition, values).fetchall()
+            rows = connection.execute(_RUNS).fetchall()
+            latest = connection.execute(_LATEST).fetchall()
         times: dict[str, int] = {}
         metrics: dict[str, dict[str, float]] = {}
         for run, key, value, is_nan, time in latest:
@@ -439,8 +430,13 @@ class SqliteStore(Store):
             raise self._refused(
                 "is empty, because no run was sent to it; `spiketrain sync RUN` sends a run"
             )
+        # SQLite itself undoes an interrupted write, for which it must be allowed to write. It opens
+        # a file without write permission read-only.
+        uri = f"file:{quote(str(self.file))}?mode=rw"
         try:
-            with closing(self._opened()) as connection:
+            with closing(sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT_S)) as connection:
+                connection.execute("pragma query_only = on")
+                connection.execute("select 1 from alembic_version")
                 yield connection
         except sqlite3.OperationalError as error:
             known = (meaning for words, meaning in _MEANINGS.items() if words in str(error))
@@ -454,22 +450,7 @@ class SqliteStore(Store):
     def _refused(self, why: str) -> StoreError:
         return StoreError(f"store {self.file} {why}")
 
-    def _opened(self, mode: str = "ro") -> sqlite3.Connection:
-        """Connect read-only, unless SQLite must first undo an interrupted write."""
-        connection = sqlite3.connect(
-            f"file:{quote(str(self.file))}?mode={mode}", uri=True, timeout=LOCK_TIMEOUT_S
-        )
-        try:
-            connection.execute("select 1 from alembic_version").fetchall()
-        except sqlite3.DatabaseError as error:
-            connection.close()
-            if mode == "ro" and error.sqlite_errorcode in _INTERRUPTED_WRITE:
-                return self._opened("rw")
-            raise
-        return connection
 
-
-_INTERRUPTED_WRITE = (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_CANTOPEN)
 _UNREADABLE = "cannot be read ({}); check the path and the permissions of the file and folder"
 # The meaning of an SQLite message, by words of the message.
 _MEANINGS = {
@@ -499,11 +480,8 @@ class ServerStore(Store):
         # `connect` disables retries.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
 
-    def runs(self, study: str | None) -> list[StoredRun]:
+    def runs(self) -> list[StoredRun]:
         condition = f"tags.`{KIND_TAG}` = 'run'"
-        if study is not None:
-            unquoted = study.replace("'", "")
-            condition += f" and tags.`spiketrain.study` = '{unquoted}'"
         with self._store_errors():
             from mlflow.utils import get_results_from_paginated_fn as all_pages
 

@@ -21,12 +21,10 @@ import pandas as pd
 from pipeline.core.errors import remedy
 from pipeline.core.units import counted, format_quantity
 from pipeline.recipe import BASELINE, is_baseline
-from pipeline.report import results
-from pipeline.report.history import number
 from pipeline.report.metrics import COMPUTE
 from pipeline.report.results import Run, comparison_key, flat
 from pipeline.report.selection import recipe_value, tuned_keys
-from pipeline.track.journal import number as any_number
+from pipeline.track.journal import number
 
 if TYPE_CHECKING:
     from pipeline.report.claims import Claim
@@ -131,10 +129,6 @@ class Group:
         """A digest of the runs' `comparison_key`. It does not depend on other groups."""
         return f"g{hashlib.sha256(comparison_key(self.runs[0]).encode()).hexdigest()[:8]}"
 
-    @cached_property
-    def frame(self) -> pd.DataFrame:
-        return results.frame(self.finished)
-
     @property
     def finished(self) -> tuple[Run, ...]:
         return tuple(run for run in self.runs if run.is_finished)
@@ -214,25 +208,23 @@ class Group:
         lost, seeds = self.lost(rule), len(self.by_seed(self.against, "top1"))
         return f"diverged in {lost} of {self.against}'s {counted(seeds, 'seed')}" if lost else ""
 
-    def values(self, rule: str, name: str) -> pd.Series:
-        """A metric or a number of the summaries, for the rule's finished runs, indexed by seed."""
-        rows = self._by_rule.get(rule, self.frame.iloc[:0])
-        if name in rows:
-            return rows[name].dropna()
-        return rows["summary"].map(lambda summary: number(flat(summary).get(name))).dropna()
+    def values(self, rule: str, name: str) -> list[tuple[int, float]]:
+        """The seed and the value of each finished run of the rule that has the quantity.
 
-    @cached_property
-    def _by_rule(self) -> dict[Any, Any]:
-        return dict(iter(self.frame.set_index("seed").groupby("rule")))
+        Args:
+            name: a metric, or the dotted path of a number in the summaries.
+        """
+        values = [(run.seed, run.value(name)) for run in self.of(rule) if run.is_finished]
+        return [(seed, value) for seed, value in values if value is not None]
 
     def spread(self, rule: str, name: str) -> Spread | None:
         """The spread over the rule's finished runs; None if no run has the quantity."""
-        return spread_of(self.values(rule, name).tolist())
+        return spread_of([value for _, value in self.values(rule, name)])
 
     def by_seed(self, rule: str, name: str) -> dict[int, float]:
         """The mean over the finished runs of each seed."""
-        by_seed: dict[Any, list[float]] = {}
-        for seed, value in self.values(rule, name).items():
+        by_seed: dict[int, list[float]] = {}
+        for seed, value in self.values(rule, name):
             by_seed.setdefault(seed, []).append(value)
         return {seed: statistics.fmean(values) for seed, values in sorted(by_seed.items())}
 
@@ -407,18 +399,22 @@ def _notes(group: Group) -> Iterator[str]:
 
 def _notes_on_clocks(group: Group) -> Iterator[str]:
     rules = group.finished_rules
-    totals = {rule: group.values(rule, "restarts").sum() for rule in rules}
+    totals = {rule: sum(value for _, value in group.values(rule, "restarts")) for rule in rules}
     if texts := [f"{count:g} of {rule}" for rule, count in totals.items() if count]:
         yield f"wall clocks include restarts and the batches that they repeat: {', '.join(texts)}"
-    means = {rule: group.values(rule, "startup_s").mean() for rule in rules}
+    startups = {rule: group.spread(rule, "startup_s") for rule in rules}
     if texts := [
-        f"{format_quantity(mean, kind='s')} of {rule}" for rule, mean in means.items() if mean > 0
+        f"{format_quantity(startup.mean, kind='s')} of {rule}"
+        for rule, startup in startups.items()
+        if startup is not None and startup.mean > 0
     ]:
         yield (
             "wall clocks exclude start-up, which ends with the first batch of each start:"
             f" {', '.join(texts)}"
         )
-    with_fidelity = [rule for rule in rules if group.values(rule, "fidelity_s").any()]
+    with_fidelity = [
+        rule for rule in rules if any(value for _, value in group.values(rule, "fidelity_s"))
+    ]
     without = [rule for rule in rules if rule not in with_fidelity]
     if with_fidelity:
         yield (
@@ -435,7 +431,7 @@ def _notes_on_clocks(group: Group) -> Iterator[str]:
 
 def _divergence(run: Run) -> str:
     """A text such as `diverged and was rolled back 2 times`, or an empty text."""
-    loss = any_number((run.summary or {}).get("loss"))
+    loss = number((run.summary or {}).get("loss"))
     if run.state == "diverged":
         return "diverged"
     if loss is not None and not math.isfinite(loss):

@@ -21,7 +21,7 @@ from pipeline.recipe import BASELINE
 from pipeline.recipe.json import flat
 from pipeline.recipe.recipe import read_json
 from pipeline.recipe.suite import Report, SuiteFile, has_report, how_to_resume, measured_in, runs_of
-from pipeline.report.claims import SuiteResult, parse_result
+from pipeline.report.claims import SuiteReport, parse_result
 from pipeline.report.compare import (
     comparable,
     comparisons,
@@ -91,7 +91,7 @@ def print_suite(
 
     Args:
         trust: the user's own packages that the suite's report and recipes may be imported from.
-        against, within: as in `comparisons`; a suite's own report takes neither.
+        against, within: as in `print_comparison`; a suite's own report takes neither.
         format: "table" prints the suite's own report or, without one, comparisons; "json" prints
             the value that the report returns, or the comparisons as JSON; "csv" prints one line per
             finished run, except trials. For json and csv, unfinished runs are listed on stderr.
@@ -292,9 +292,9 @@ def read_study(
     runs, trials = _without_trials(members, names)
     if suite is not None:
         title, place = suite.name, suite / REPORT
-        own, printed, notes = _own_report(suite, trust, reported, judged=(against, within))
+        own, notes = _own_report(suite, trust, reported, judged=(against, within))
     else:
-        own, printed = SuiteResult(), ""
+        own = SuiteReport()
         runs, notes = _with_baselines(all_runs, runs, against) if names else (runs, [])
         studies = {run.study for run in runs}
         is_one = len(studies) == 1 and "" not in studies
@@ -315,7 +315,7 @@ def read_study(
             claims=own.claims,
             sweeps=(*given_sweeps, *own.sweeps),
             notes=tuple(notes),
-            printed=printed,
+            printed=own.printed,
         ),
         place=place,
         folders=tuple(run.folder for run in (*runs, *trials)),
@@ -355,18 +355,17 @@ def _with_baselines(
 
 def _own_report(
     suite: Path, trust: tuple[str, ...], reported: Reported | None, *, judged: tuple[str, float]
-) -> tuple[SuiteResult, str, list[str]]:
-    """The result and the text of the suite's report, or a note that the suite has not finished.
+) -> tuple[SuiteReport, list[str]]:
+    """The suite's report, or a note that the suite has not finished.
 
-    For a suite without its own report, the result has its measured sweeps, and the others are
-    empty. A report that fails raises an error, because a page without claims must not replace an
-    earlier page.
+    Without a report of its own, a suite has only its measured sweeps. A report that fails raises an
+    error, because a page without claims must not replace an earlier page.
 
     Raises:
         ReportError: `judged` (the baseline and the tolerance) is set, or the report fails.
     """
     if not has_report(suite):
-        return SuiteResult(sweeps=tuple(_measured_sweeps(suite))), "", []
+        return SuiteReport(sweeps=tuple(_measured_sweeps(suite))), []
     if judged != (BASELINE, WITHIN):
         raise ReportError(
             f"report: --against and --within must not be set, because {suite.name} has its own"
@@ -374,14 +373,11 @@ def _own_report(
         )
     entries, done = suite_entries(suite), done_entries(suite)
     if len(done) < len(entries):
-        return (
-            SuiteResult(),
-            "",
-            [
-                "The suite's own report and its claims follow when all runs and measurements have"
-                f" finished: {len(done)} of {len(entries)} have."
-            ],
+        note = (
+            "The suite's own report and its claims follow when all runs and measurements have"
+            f" finished: {len(done)} of {len(entries)} have."
         )
+        return SuiteReport(), [note]
     try:
         report = SuiteFile.read(suite, trust=trust).suite.report
         assert report is not None, "has_report says so"
@@ -392,4 +388,4 @@ def _own_report(
             f"report: the own report of {suite.name} cannot be used; name its runs instead of the"
             f" suite: {str(error).removeprefix('compare: ')}"
         ) from error
-    return parse_result(reported.value, suite.name), reported.printed, []
+    return parse_result(reported.value, suite.name, printed=reported.printed), []

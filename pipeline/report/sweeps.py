@@ -30,7 +30,7 @@ class Point(NamedTuple):
     rule: str
     time_steps: int
     saved: float  # bytes
-    kept: float | None  # saved bytes plus states; None if the sweep has no states
+    kept: float  # saved bytes plus states
     seconds: float  # time of forward and backward
     batch: int | None  # the rule's own largest batch; None if it was not searched
     images_per_s: float | None  # of forward and backward at `batch`; None if it was not trained
@@ -146,12 +146,12 @@ def sweep_figures(sweep: Mapping[str, Any], rules: Sequence[str] = ()) -> tuple[
 
 def _point(value: Mapping[str, Any]) -> Point:
     cost, tried, batch = value["cost"], value.get("at_largest"), value.get("largest_batch")
-    saved, states = float(cost["peak_saved_bytes"]), cost.get("state_bytes")
+    saved = float(cost["peak_saved_bytes"])
     return Point(
         rule=str(cost["rule"]),
         time_steps=int(value["time_steps"]),
         saved=saved,
-        kept=None if states is None else saved + float(states),
+        kept=saved + float(cost["state_bytes"]),
         seconds=_seconds(cost),
         batch=batch,
         images_per_s=None if tried is None else (batch or 0) / _seconds(tried),
@@ -166,23 +166,21 @@ def _memory(
     sweep: Mapping[str, Any], by_rule: Mapping[str, Sequence[Point]], places: Sequence[str]
 ) -> Figure:
     every = [point for points in by_rule.values() for point in points]
-    scale, unit = unit_of("B", [point.kept or point.saved for point in every])
-    has_states = any(point.kept is not None for point in every)
+    scale, unit = unit_of("B", [point.kept for point in every])
     data = []
     for rule, points in by_rule.items():
         index = places.index(rule)
         data.append(_line(index, rule, points, [point.saved / scale for point in points], unit))
-        if has_states:  # the dotted line shares the legend entry of the rule's solid line
-            kept = [None if point.kept is None else point.kept / scale for point in points]
-            data.append(
-                {
-                    **_line(index, f"{rule}, with states", points, kept, unit),
-                    "legendgroup": plain(rule),
-                    "showlegend": False,
-                    "line": {"color": color(index), "width": 1, "dash": "dot"},
-                    "marker": {"symbol": symbol(index), "size": 5},
-                }
-            )
+        kept = [point.kept / scale for point in points]
+        data.append(
+            {
+                **_line(index, f"{rule}, with states", points, kept, unit),
+                "legendgroup": plain(rule),
+                "showlegend": False,  # it shares the entry of the rule's solid line
+                "line": {"color": color(index), "width": 1, "dash": "dot"},
+                "marker": {"symbol": symbol(index), "size": 5},
+            }
+        )
     growths = [
         f"{rule} saves {points[-1].saved / points[0].saved:.3g} times as many bytes at T ="
         f" {points[-1].time_steps} as at T = {points[0].time_steps}"
@@ -192,11 +190,9 @@ def _memory(
     return Figure(
         name="memory-against-time-steps",
         title=f"Memory against time steps: {sweep['recipe']}",
-        caption=_caption(sweep)
-        + (
-            " Dotted lines include states: membranes, traces and tensors that slices share."
-            if has_states
-            else ""
+        caption=(
+            f"{_caption(sweep)} Dotted lines include states: membranes, traces and tensors that"
+            " slices share."
         ),
         alt=f"{'; '.join(growths)}.",
         table=Table(
@@ -239,7 +235,7 @@ def _time(
 
 
 def _line(
-    index: int, name: str, points: Sequence[Point], y: Sequence[float | None], unit: str
+    index: int, name: str, points: Sequence[Point], y: Sequence[float], unit: str
 ) -> dict[str, Any]:
     return scatter(
         name,

@@ -1,7 +1,5 @@
 """The tables, captions and the headline of a comparison and of a report."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter
@@ -95,17 +93,15 @@ class Shown(NamedTuple):
         return " ".join(filter(None, (self.mean, self.spread, self.ratio and f"({self.ratio})")))
 
 
-def format_metric(
-    group: Group, rule: str, metric: Metric, *, is_divided: bool = True
-) -> Shown | None:
+def format_metric(group: Group, rule: str, metric: Metric) -> Shown | None:
     """A metric of a rule: mean and deviation over its finished runs, and ratio over paired seeds.
 
-    None if no run measured the metric.
+    A metric that is not compared has no ratio. None if no run measured the metric.
     """
     over_runs = group.spread(rule, metric.name)
     if over_runs is None:
         return None
-    ratio = group.ratios(rule, metric.name) if is_divided else None
+    ratio = group.ratios(rule, metric.name) if metric.better else None
     ratio_text = ""
     if ratio is not None:
         ratio_text = f"×{ratio.mean:.2f}" if ratio.mean >= 0.1 else f"×{ratio.mean:.3g}"
@@ -449,15 +445,13 @@ def _difference(group: Group, rule: str) -> str | None:
     return ", ".join(filter(None, (text, group.describe_lost(rule)))) or None
 
 
-def _cells(
-    group: Group, rule: str, metrics: Sequence[Metric], *, is_divided: bool = True
-) -> list[Cell]:
-    cells = [format_metric(group, rule, each, is_divided=is_divided) for each in metrics]
+def _cells(group: Group, rule: str, metrics: Sequence[Metric]) -> list[Cell]:
+    cells = [format_metric(group, rule, each) for each in metrics]
     return [None if each is None else each.in_a_line() for each in cells]
 
 
 def _metrics_table(group: Group, metrics: Sequence[Metric]) -> Table:
-    rows = [(rule, *_cells(group, rule, metrics, is_divided=False)) for rule in group.rules]
+    rows = [(rule, *_cells(group, rule, metrics)) for rule in group.rules]
     return Table(columns=("rule", *(each.title for each in metrics)), rows=tuple(rows))
 
 

@@ -47,7 +47,7 @@ def title_of(fields: Mapping[str, str], names: Iterable[str], family: str = "") 
 
 
 def shared_fields(all_fields: Iterable[Mapping[str, str]]) -> dict[str, str]:
-    """The fields that have the same text everywhere."""
+    """The entries that are the same in all mappings."""
     first, *others = all_fields
     return {
         key: text for key, text in first.items() if all(each.get(key) == text for each in others)

@@ -171,7 +171,7 @@ def test_a_server_that_hangs_and_dies_costs_no_bit_and_misses_nothing(
         assert len(while_it_hung) > 20
         assert max(after - before for before, after in pairwise(while_it_hung)) < timeout_s / 2
         assert sync(hit.run, uri=uri).delivered > 0
-        [seen] = open_store(uri).listed()
+        [seen] = open_store(uri).runs()
         steps = [point.step for point in open_store(uri).history(seen.id, "train/loss", since=0)]
         assert (seen.status, steps) == ("FINISHED", [*range(1, STEPS_PER_EPOCH * EPOCHS + 1)])
     finally:

@@ -163,7 +163,7 @@ def faults(request: pytest.FixtureRequest) -> dict[str, tuple[int, int]]:
 
 
 def in_mlflow(run: Path) -> str:
-    [seen] = open_store(os.environ["MLFLOW_TRACKING_URI"]).listed()
+    [seen] = open_store(os.environ["MLFLOW_TRACKING_URI"]).runs()
     assert seen.name == run.name
     return seen.status
 

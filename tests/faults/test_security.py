@@ -130,7 +130,7 @@ def test_a_run_and_its_store_hold_no_secret(
     plant(monkeypatch)
     code, said, error = spiketrain(*launch, "--name", "whole")
     assert code == 0, error
-    assert len(open_store(own_store).listed()) == 1
+    assert len(open_store(own_store).runs()) == 1
     with monkeypatch.context() as patch:
         patch.setattr(
             "pipeline.train.evaluation.Evaluation.__init__",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.report.claims import Claim, SuiteResult
+from pipeline.report.claims import Claim, SuiteReport
 from pipeline.report.stores import ArtifactError, Point, SentJournal, StoredRun, StoreError
 from pipeline.track.mlflow_store import PARENT_OF
 from tests.helpers.events import typed
@@ -29,13 +29,9 @@ class FakeStore:
     every: int = 1
     asked: list[tuple[Any, ...]] = field(default_factory=list)
 
-    def listed(self) -> list[StoredRun]:
-        self._ask("listed")
+    def runs(self) -> list[StoredRun]:
+        self._ask("runs")
         return list(self.members)
-
-    def runs(self, study: str | None) -> list[StoredRun]:
-        self._ask("runs", study)
-        return [run for run in self.members if run.study == study]
 
     def history(self, run_id: str, metric: str, *, since: int = -1) -> list[Point]:
         self._ask("history", run_id, metric, since)
@@ -122,5 +118,5 @@ class FakeStore:
         self, parent: str, *claims: Claim, sweeps: tuple[Any, ...] = (), printed: str = ""
     ) -> None:
         """What a suite's own report returned and printed."""
-        told = SuiteResult(claims=claims, sweeps=sweeps).to_json()
-        self.texts[parent, "report.json"] = json.dumps({**told, "printed": printed})
+        report = SuiteReport(claims=claims, sweeps=sweeps, printed=printed)
+        self.texts[parent, "report.json"] = json.dumps(report.to_json())

@@ -168,6 +168,7 @@ def run(
             "energy_j": energy,
             "prices": "45 nm, fp32",
             "samples": 10,
+            "counted_on": "the first share",
         },
         **changes,
     }

@@ -5,8 +5,6 @@ import io
 import json
 import math
 import re
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,8 +20,6 @@ from pipeline.report.compare import Comparison, comparisons, csv_of, print_compa
 from pipeline.report.results import ReportError
 from pipeline.report.study import FOLDED_ALONE, RECOMPUTES_NOTHING, Difference
 from pipeline.report.suite import read_study
-from tests.helpers.events import RawJournal, event
-from tests.helpers.hand_made import group_of, run
 from tests.helpers.small import command
 from tests.report.conftest import RECIPE, STUDY, compare, make_all
 
@@ -416,15 +412,6 @@ def test_seeds_that_did_not_diverge_do_not_speak_for_one_that_did(
         assert said in text
 
 
-def test_comparing_does_not_wait_for_torch():
-    code = (
-        "import sys, pipeline.report.suite; print(sorted({'torch', 'mlflow', 'ray'} &"
-        " set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
-
-
 @pytest.mark.parametrize("word", ["compare", "report"])
 def test_many_names_are_looked_up_in_one_list(
     word: str,
@@ -702,21 +689,6 @@ def test_what_json_and_spreadsheets_have_no_place_for(
     assert row["not_finite.inference.energy_j"] == "-inf"
 
 
-def test_a_run_that_does_not_say_its_rule_is_of_an_unknown_one(make_run: Callable, runs_dir: Path):
-    _, old = make_all(make_run, {"bptt": {}, "old": {"rule": "SLTT"}})
-    summary = json.loads((old / "summary.json").read_text())
-    del summary["rule"]
-    (old / "summary.json").write_text(json.dumps({**summary, "recipe": "=1+1"}))
-    with RawJournal(old / "journal.jsonl", attempt=1) as journal:
-        journal.write(event("start", step=100))
-        journal.write(event("finish", step=100))
-    comparison = compare(runs_dir, ["bptt", "old"])
-    assert "unknown rule" in text_of(comparison)
-    names = ("rule", "recipe", "behind.ratios_to")
-    told = [tuple(row[name] for name in names) for row in rows_of(comparison)]
-    assert told == [("BPTT", "bptt", "BPTT"), ("unknown rule", "'=1+1", "BPTT")]
-
-
 @pytest.mark.parametrize(
     ("options", "out"),
     [
@@ -740,16 +712,6 @@ def test_printing_in_each_format(
     make_run("bptt")
     code, said, error = command(monkeypatch, capsys)("compare", "--runs", str(runs_dir), *options)
     assert re.search(out, said) and code == (2 if "xml" in options else 0), error
-
-
-def test_the_interval_of_three_pairs_by_hand():
-    runs = [run(seed=seed, top1=top1) for seed, top1 in enumerate((0.91, 0.92, 0.90, 0.5))]
-    runs += [run("SLTT", seed=seed, top1=top1) for seed, top1 in enumerate((0.905, 0.911, 0.899))]
-    [found] = group_of(*runs).differences
-    # Student's t of two degrees of freedom, 97.5 %, from a printed table
-    reach = 4.302653 * math.sqrt(sum((x - 0.5) ** 2 for x in [0.5, 0.9, 0.1]) / 2) / math.sqrt(3)
-    by_hand = pytest.approx((0.5, 0.5 - reach, 0.5 + reach))
-    assert found.seeds == 3 and (found.mean, found.low, found.high) == by_hand
 
 
 @pytest.mark.parametrize(

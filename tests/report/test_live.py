@@ -22,11 +22,10 @@ def store() -> FakeStore:
 
 def test_a_run_that_ended_is_read_once(store: FakeStore):
     live = Live(store)
-    [member] = live.members(KEY)
-    found = live.study([member])
+    found = live.study(store.members)
     assert found.runs == (run(name="bptt"),) and found.runs[0].history == run().history
     asked = len(store.asked)
-    assert live.study(live.members(KEY)).runs == found.runs and len(store.asked) == asked
+    assert live.study(store.members).runs == found.runs and len(store.asked) == asked
 
 
 def test_an_artifact_that_arrives_late_is_seen(store: FakeStore):
@@ -246,8 +245,7 @@ def test_what_the_report_of_each_suite_tells_is_by_itself(store: FakeStore):
     before = live.reports(store.members)
     assert [(report.claims, report.sweeps) for report in before] == 2 * [((), ())]
     store.add_report("first-launch", CLAIM, sweeps=(SWEEP,))
-    later = Live(store)  # a look lasts half a second
-    second, first = later.reports(store.members)  # the newest first
+    second, first = live.reports(store.members)  # the newest first
     assert (first.claims, first.sweeps, first.note) == ((CLAIM,), (SWEEP,), "")
     assert (second.claims, second.sweeps) == ((), ())
     assert first.title == "claims-1 (first-la), commit abc, on a cpu, 2 cores"
@@ -256,7 +254,6 @@ def test_what_the_report_of_each_suite_tells_is_by_itself(store: FakeStore):
     assert live.reports(store.members[-1:]) == []  # launched alone
     store.refused["first-launch"] = "report.json cannot be read"
     assert (
-        Live(store).reports(store.members)[1].note
-        == "Its report is excluded: report.json cannot be read"
+        live.reports(store.members)[1].note == "Its report is excluded: report.json cannot be read"
     )
-    assert len(Live(store).study(store.members).runs) == 4
+    assert len(live.study(store.members).runs) == 4

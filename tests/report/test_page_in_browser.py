@@ -229,6 +229,7 @@ def test_no_table_is_wider_than_paper(browser: Browser, tmp_path: Path):
         "energy_j": 4e-6,
         "prices": "45 nm, fp32",
         "samples": 10,
+        "counted_on": "the first share",
         "measured_j": 0.0123,
     }
     about = {**peaks, "operations": work, "net_s": 12.5, "device_j": 2512.5, "inference": inference}

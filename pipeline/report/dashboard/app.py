@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from pipeline.core.printing import new_console, say
 from pipeline.core.units import first_few
+from pipeline.report.claims import SuiteReport
 from pipeline.report.dashboard.guard import guard
 from pipeline.report.dashboard.live import Live
 from pipeline.report.dashboard.permalink import ViewState, describe_states
@@ -28,7 +29,6 @@ from pipeline.report.page import (
     VIEWS,
     WEB,
     Offers,
-    SuiteReport,
     environment,
     plotly_script,
     section_of,
@@ -49,14 +49,13 @@ _PLOTLY = "/plotly.js"
 _KEPT = {"Content-Encoding": "gzip", "Cache-Control": "private, max-age=31536000, immutable"}
 
 
-def make_app(store: Store, *, name: str, every: float, patience_s: float | None = None) -> Flask:
+def make_app(store: Store, *, name: str, every: float) -> Flask:
     """Make the server.
 
     Args:
         name: the name of the store on the page.
-        every: seconds between the periodic requests of an open page.
-        patience_s: seconds after which a page repeats an unanswered request; None: 5 times
-            `every`, at least 30.
+        every: seconds between the periodic requests of an open page. A page repeats a request
+            that is unanswered for 5 times as long, at least for 30 s.
     """
     environment().filters |= {
         "seeds": lambda seeds: first_few(seeds, 6),
@@ -72,7 +71,7 @@ def make_app(store: Store, *, name: str, every: float, patience_s: float | None 
             name=name,
             plotly=f"{_PLOTLY}?{hashlib.sha256(plotly_script()).hexdigest()[:8]}",
             every=f"{every:g}",
-            patience=patience_s or max(30.0, 5 * every),
+            patience=max(30.0, 5 * every),
         )
     )
     app.add_url_rule("/", "shell", lambda: shell)
@@ -96,7 +95,8 @@ class _Endpoints:
         """Return the list. Periodic requests (`look`) read the store; others may use the cache."""
         view = _requested_view()
         try:
-            all_studies = self._studies(fresh_s=0.0 if request.args.get("look") else self._every)
+            fresh_s = 0.0 if request.args.get("look") else self._every
+            all_studies = studies(self._live.listed(fresh_s=fresh_s))
         except ReportError as error:
             return _trouble(error)
         listed = [(each, _differs(each, all_studies)[1]) for each in view.listed(all_studies)]
@@ -109,8 +109,8 @@ class _Endpoints:
     def study(self) -> dict[str, Any] | tuple[str, int]:
         """Return a study as JSON, or 204 if the page already shows this version (`seen`)."""
         try:
-            view, known = self._opened()
-            members = view.members(self._live.members(view.study))
+            view, all_runs = self._opened()
+            members = view.members(all_runs)
             if not members:
                 return {"window": _WINDOW, "html": _trouble(_NO_RUN)}
             runs = view.picked(members)
@@ -130,7 +130,7 @@ class _Endpoints:
             is_second="second" in request.args,
             title=found.title,
             facts=facts_of(found.fields),
-            differs=_differs(found, known, view.beside),
+            differs=_differs(found, studies(all_runs), view.beside),
             hash=found.study[:8],
             members=members,
             picked=runs,
@@ -149,8 +149,8 @@ class _Endpoints:
         name = request.args.get("name", "")
         shown: Any = {"title": "", "facts": "", "differs": (), "hash": "", "newest": None}
         try:
-            view, _ = self._opened()
-            runs = view.picked(self._live.members(view.study))
+            view, all_runs = self._opened()
+            runs = view.picked(all_runs)
             shown |= {"members": runs, "picked": runs}
             study, reports = self._live.study(runs), self._live.reports(runs)
         except ReportError as error:
@@ -162,15 +162,12 @@ class _Endpoints:
             )
         return Response(table.to_csv(), mimetype="text/csv")
 
-    def _studies(self, *, fresh_s: float) -> Sequence[StoredStudy]:
-        return studies(self._live.listed(fresh_s=fresh_s))
-
-    def _opened(self) -> tuple[ViewState, Sequence[StoredStudy]]:
-        """Return the requested view, of the newest study if it names none, and all studies."""
-        view, known = _requested_view(), self._studies(fresh_s=self._every)
-        if not view.study and known:
-            view = view.at_study(known[0])
-        return view, known
+    def _opened(self) -> tuple[ViewState, Sequence[StoredRun]]:
+        """Return the requested view, of the newest study if it names none, and all runs."""
+        view, all_runs = _requested_view(), self._live.listed(fresh_s=self._every)
+        if not view.study and all_runs:
+            view = view.at_study(studies(all_runs)[0])
+        return view, all_runs
 
 
 def _differs(study: StoredStudy, known: Sequence[StoredStudy], beside: str = "") -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """The current state of a study in a store, including running runs.
 
     live = Live(open_store(uri))
-    live.study(live.members(key))
+    live.study(live.listed(fresh_s=5.0))
 
 A cache keeps the runs. A run is read again when its status in MLflow changes, or when MLflow has a
 newer artifact or metric. For a running run, only the points after its stored journal are requested.
@@ -20,9 +20,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 from pipeline.measure.constants import PARTS, REST
-from pipeline.report.claims import parse_result
+from pipeline.report.claims import SuiteReport, parse_result
 from pipeline.report.history import UNKNOWN_EPOCH
-from pipeline.report.page import SuiteReport
 from pipeline.report.results import (
     ReportError,
     Run,
@@ -50,7 +49,6 @@ _METRICS = ("loss", "top1")  # under train/ and val/
 _PARTS = tuple(f"{name}_s" for name in (*PARTS, REST))
 _ARTIFACT_TAG = "spiketrain.artifact."  # prefix of the tags with the version of each artifact
 _CACHE_SIZE = 512  # entries
-_FRESH_S = 0.5  # the members of a study and the report of a suite are cached for this time
 T_ = TypeVar("T_")
 
 
@@ -59,18 +57,19 @@ class Live:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        # One thread reads a run; the other threads wait, and then find the run in the cache. The
+        # list of runs is read outside the lock: a slow list must not block the figures.
         self._lock = threading.Lock()
-        # One thread reads a run; the other threads wait, and then find the run in the cache.
-        self._run_lock = threading.Lock()
-        # By key: the time, the version and the value.
-        self._cache: OrderedDict[tuple[str, str], tuple[float, object, Any]] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str], tuple[object, Any]] = OrderedDict()  # by version
+        self._listed: tuple[float, list[StoredRun]] = (-math.inf, [])  # the time, and the runs
 
     def listed(self, *, fresh_s: float) -> list[StoredRun]:
         """Return all runs, from a list at most `fresh_s` seconds old. 0: read the store."""
-        return self._cached(("listed", ""), self.store.listed, fresh_s=fresh_s)
-
-    def members(self, study: str) -> list[StoredRun]:
-        return self._cached(("members", study), lambda: self.store.runs(study), fresh_s=_FRESH_S)
+        read_at, runs = self._listed
+        if time.monotonic() - read_at >= fresh_s:
+            runs = self.store.runs()
+            self._listed = time.monotonic(), runs
+        return runs
 
     def study(self, runs: Sequence[StoredRun]) -> Study:
         """Return a study of these runs. Its notes name excluded runs and thinned curves.
@@ -126,46 +125,33 @@ class Live:
             commit = f", commit {' and '.join(commits)}" if commits else ""
             name = tags[0].get("spiketrain.suite") or "A suite"
             title = f"{name} ({suite[:8]}){commit}, on {'; '.join(machines)}"
-            read = partial(self._read_report, suite)
-            report = self._cached(("report", suite), read, fresh_s=_FRESH_S)
-            reports.append(replace(report, key=suite[:8], title=title))
+            reports.append(replace(self._read_report(suite), key=suite[:8], title=title))
         return reports
 
     def run(self, stored: StoredRun) -> Run:
         """Return a run from its artifacts, and from its metrics if it runs or has no journal."""
         versions = sorted(item for item in stored.tags.items() if item[0].startswith(_ARTIFACT_TAG))
-        with self._run_lock:
+        with self._lock:
             return self._cached(
                 ("run", stored.id),
+                (stored.status, stored.newest, versions),
                 partial(self._read, stored),
-                version=(stored.status, stored.newest, versions),
             )
 
-    def _cached(
-        self,
-        key: tuple[str, str],
-        read: Callable[[], T_],
-        *,
-        version: object = None,
-        fresh_s: float = math.inf,
-    ) -> T_:
-        """Return the cached value. Read it anew if its version differs or it is `fresh_s` old."""
-        read_at, known, value = self._cache.get(key, (-math.inf, None, None))
-        if known != version or time.monotonic() - read_at >= fresh_s:
-            value = read()  # outside the lock: a slow list must not block the figures
-            read_at = time.monotonic()
-        with self._lock:
-            self._cache[key] = read_at, version, value
-            self._cache.move_to_end(key)
-            if len(self._cache) > _CACHE_SIZE:
-                self._cache.popitem(last=False)
-        return value  # type: ignore[return-value]
+    def _cached(self, key: tuple[str, str], version: object, read: Callable[[], T_]) -> T_:
+        """Return the cached value of this version, or read it."""
+        if key not in self._cache or self._cache[key][0] != version:
+            self._cache[key] = version, read()
+        self._cache.move_to_end(key)
+        if len(self._cache) > _CACHE_SIZE:
+            self._cache.popitem(last=False)
+        return self._cache[key][1]
 
     def _read(self, stored: StoredRun) -> Run:
         sent = self._cached(
             ("journal", stored.id),
+            stored.tags.get(_ARTIFACT_TAG + JOURNAL),
             partial(self.store.journal, stored.id),
-            version=stored.tags.get(_ARTIFACT_TAG + JOURNAL),
         )
         starts = [event.to_dict() for event in sent.events if isinstance(event, Start)]
         is_running = stored.state == "running"
@@ -227,18 +213,14 @@ class Live:
 
     def _read_report(self, suite: str) -> SuiteReport:
         try:
-            value = self._json(suite, REPORT_DATA, dict)
-            result = parse_result(value, f"{REPORT_DATA} in MLflow")
+            value = self._json(suite, REPORT_DATA, dict) or {}
+            printed = str(value.get("printed", ""))
+            report = parse_result(value, f"{REPORT_DATA} in MLflow", printed=printed)
         except StoreError:
             raise  # the store failed, not this report
         except ReportError as error:
             return SuiteReport(version=str(error), note=f"Its report is excluded: {error}")
-        return SuiteReport(
-            version=hashlib.sha256(json.dumps(value).encode()).hexdigest(),
-            claims=result.claims,
-            sweeps=result.sweeps,
-            printed=str((value or {}).get("printed") or ""),
-        )
+        return replace(report, version=hashlib.sha256(json.dumps(value).encode()).hexdigest())
 
     def _json(self, run_id: str, name: str, kind: type) -> Any:
         text = self.store.text(run_id, name)

@@ -32,11 +32,7 @@ class ViewState:
         Args:
             second: return the view of the second study, which the query names as `beside`.
         """
-        try:
-            fields = parse_qs(search.lstrip("?"), max_num_fields=20)
-        except ValueError:  # the query has more fields than any of our URLs
-            return cls()
-        query = {name: values[-1] for name, values in fields.items()}
+        query = {name: values[-1] for name, values in parse_qs(search.lstrip("?")).items()}
         study, beside, prefix = "study", "beside", ""
         if second:
             study, beside, prefix = "beside", "study", "beside_"
@@ -75,7 +71,7 @@ class ViewState:
         return listed
 
     def picked(self, runs: Sequence[StoredRun]) -> list[StoredRun]:
-        """The runs of the study that are shown. `runs`: all runs of the study, newest first.
+        """The runs of the study that are shown. `runs`: all runs of the store, newest first.
 
         If the URL names no runs, these are up to MAX_RUNS runs of the newest seeds. Baselines of a
         seed are preferred to its other runs.
@@ -91,7 +87,9 @@ class ViewState:
         return [run for run in members if run.id in shown]
 
     def members(self, runs: Sequence[StoredRun]) -> list[StoredRun]:
-        return [run for run in runs if self.family in ("", run.experiment)]
+        return [
+            run for run in runs if run.study == self.study and self.family in ("", run.experiment)
+        ]
 
 
 def describe_states(states: Mapping[str, int]) -> str:
