@@ -71,7 +71,7 @@ from pipeline.recipe.suite import (
     measured_in,
     prerequisites,
     runs_of,
-    sources,
+    sources_in,
     trust_words,
 )
 from pipeline.track.events import Start
@@ -119,7 +119,7 @@ class SuiteRuns:
 
     @cached_property
     def _sources(self) -> set[str]:
-        return sources(self.suite_file.suite)
+        return sources_in(self.folder)
 
     def remaining(self) -> list[Recipe]:
         """The recipes whose runs are not over, in the suite's order."""

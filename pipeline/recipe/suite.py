@@ -259,11 +259,6 @@ def references(recipe: Recipe) -> tuple[str, ...]:
     return tuple(names)
 
 
-def sources(suite: Suite) -> set[str]:
-    """The names of the recipes that others refer to."""
-    return {name for recipe in suite.recipes for name in references(recipe)}
-
-
 def fill_references(recipe: Recipe, path_of: Callable[[str], str | Path]) -> Recipe:
     """The recipe with each reference `@NAME` replaced by the path `path_of(NAME)`."""
 
@@ -443,7 +438,7 @@ def measured_in(folder: Path) -> dict[str, Path]:
 
 
 def sources_in(folder: Path) -> set[str]:
-    """As `sources`, from a suite's folder. No code is imported.
+    """The names of the recipes that others refer to. No code is imported.
 
     Raises:
         ValueError: suite.json is damaged.
