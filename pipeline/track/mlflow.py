@@ -26,7 +26,6 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,14 +66,6 @@ INTERVAL_S = 10.0  # between two samples of the load
 _BLOCK_BYTES = 4 << 20  # the part of a journal that is read at a time
 
 
-@dataclass(frozen=True, kw_only=True)
-class SyncReport:
-    """The numbers of points that were sent, and of points that MLflow already had."""
-
-    delivered: int
-    already_there: int
-
-
 def tracking_uri(runs_dir: str | os.PathLike[str]) -> str:
     """The absolute URI of the MLflow store: MLFLOW_TRACKING_URI, or else `mlflow.db` in `runs_dir`.
 
@@ -89,8 +80,11 @@ def tracking_uri(runs_dir: str | os.PathLike[str]) -> str:
     return uri
 
 
-def sync(run_dir: str | os.PathLike[str], *, uri: str) -> SyncReport:
+def sync(run_dir: str | os.PathLike[str], *, uri: str) -> "Delivery":
     """Deliver the events of this run that MLflow does not have yet.
+
+    Returns: the delivery. Its `delivered` is the number of points that were sent, and its
+    `translation.already_there` the number of points that MLflow had.
 
     Raises:
         TrackingError: no attempt of the run has begun, or MLflow cannot be used.
@@ -99,9 +93,7 @@ def sync(run_dir: str | os.PathLike[str], *, uri: str) -> SyncReport:
     with tracking_errors(uri):
         if not delivery.advance(leaving="unless driven"):
             raise TrackingError(f"{run_dir}: must have a start event to be delivered; has none")
-    return SyncReport(
-        delivered=delivery.delivered, already_there=delivery.translation.already_there
-    )
+    return delivery
 
 
 class Mirror:
@@ -594,24 +586,20 @@ def register(
     Raises:
         TrackingError: no attempt of the run has begun, or MLflow cannot be used.
     """
-    run_dir = Path(run_dir)
-    delivery = Delivery(run_dir, uri=uri)
-    with tracking_errors(uri):
-        if not delivery.advance(leaving="unless driven"):
-            raise TrackingError(f"{run_dir}: must have a start event to be registered; has none")
-        with one_at_a_time(run_dir.parent):
-            client, run = delivery.client, delivery.client.get_run(delivery.run_id)
-            address = checkpoint.resolve().as_uri()
-            if not client.search_registered_models(f"name = '{name}'"):
-                client.create_registered_model(name)
-            versions = client.search_model_versions(f"name = '{name}'")
-            version = next((v for v in versions if v.tags.get("uri") == address), None)
-            version = version or client.create_model_version(
-                name,
-                # A server (3.17.2) accepts a local source only inside the run's artifacts.
-                f"{run.info.artifact_uri}/{checkpoint.name}",
-                run.info.run_id,
-                tags={"uri": address},
-            )
-            client.set_registered_model_alias(name, alias, version.version)
+    delivery = sync(run_dir, uri=uri)
+    with tracking_errors(uri), one_at_a_time(Path(run_dir).parent):
+        client, run = delivery.client, delivery.client.get_run(delivery.run_id)
+        address = checkpoint.resolve().as_uri()
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        versions = client.search_model_versions(f"name = '{name}'")
+        version = next((v for v in versions if v.tags.get("uri") == address), None)
+        version = version or client.create_model_version(
+            name,
+            # A server (3.17.2) accepts a local source only inside the run's artifacts.
+            f"{run.info.artifact_uri}/{checkpoint.name}",
+            run.info.run_id,
+            tags={"uri": address},
+        )
+        client.set_registered_model_alias(name, alias, version.version)
     return str(version.version)
