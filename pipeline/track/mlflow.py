@@ -98,7 +98,7 @@ def sync(run_dir: str | os.PathLike[str], *, uri: str) -> "Delivery":
 
 class Mirror:
     """Delivers a run's journal to MLflow from a daemon thread, until `close`. A second thread
-    samples the machine's load (`Sampler`).
+    samples the machine's load (`sample_load`).
 
     The first thread waits for a journal that does not exist yet. A failed delivery raises no error
     and is repeated. `warning` describes the failure in one line, and is None after a success.
@@ -124,9 +124,15 @@ class Mirror:
         self._max_interval_s = max_interval_s
         self._closing = threading.Event()
         self._delivery: Delivery | None = None
-        self._sampler = Sampler(self.run_dir)
-        # A daemon thread: a call that waits for a dead server must not keep the driver alive.
+        # Daemon threads: a call that waits for a dead server must not keep the driver alive.
+        self._sampler = threading.Thread(
+            target=sample_load,
+            args=(RunFolder(run_dir).system, self._closing),
+            name="system-metrics",
+            daemon=True,
+        )
         self._thread = threading.Thread(target=self._follow, name="mlflow-mirror", daemon=True)
+        self._sampler.start()
         self._thread.start()
 
     def close(self, timeout: float = 30.0) -> bool:
@@ -135,7 +141,6 @@ class Mirror:
 
         If the journal does not say how the run ended, the run's status in MLflow is KILLED.
         """
-        self._sampler.close()
         self._closing.set()
         self._thread.join(timeout)
         return not self._thread.is_alive() and self.warning is None
@@ -146,6 +151,7 @@ class Mirror:
             self._deliver(leaving=False)
             failures = failures + 1 if self.warning else 0
             self._closing.wait(min(self._interval_s * 2 ** min(failures, 10), self._max_interval_s))
+        self._sampler.join(1.0)  # the last sample is delivered, too
         self._deliver(leaving=True)
 
     def _deliver(self, *, leaving: bool) -> None:
@@ -161,10 +167,9 @@ class Mirror:
             )
 
 
-class Sampler:
-    """Samples the system metrics of the driver's machine during training, with MLflow's monitors.
-    Appends a sample every `interval_s` seconds from a daemon thread, until `close`. An error ends
-    the sampling with a warning.
+def sample_load(file: Path, closing: threading.Event) -> None:
+    """Sample the system metrics of the driver's machine with MLflow's monitors, and append the
+    samples to `file`, until `closing` is set. An error ends the sampling with a warning.
 
     The metrics include all processes and all GPUs of the machine. The workers measure what the run
     itself uses (`pipeline.measure`).
@@ -175,63 +180,50 @@ class Sampler:
     the time of the sample. After a resume, the step count continues from the file.
 
     The environment variables are those of MLflow: MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false
-    disables the sampler, and MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL is the default interval in
-    seconds. Only the driver that holds `driver.lock` may sample the run.
+    disables the sampling, and MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL is the interval in seconds.
+    Only the driver that holds `driver.lock` may sample the run.
     """
+    enabled = os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower()
+    if enabled in ("false", "0"):
+        return
+    try:
+        given_s = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or INTERVAL_S
+        interval_s = max(0.1, float(given_s))
+        if closing.wait(interval_s):  # a short run does not import MLflow
+            return
+        import psutil
+        from mlflow.system_metrics.metrics import (
+            cpu_monitor,
+            disk_monitor,
+            gpu_monitor,
+            network_monitor,
+        )
 
-    def __init__(self, run_dir: Path, *, interval_s: float | None = None) -> None:
-        self._file = RunFolder(run_dir).system
-        self._interval_s = interval_s
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._sample, name="system-metrics", daemon=True)
-        enabled = os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower()
-        if enabled not in ("false", "0"):
-            self._thread.start()
-
-    def close(self) -> None:
-        self._closing.set()
-        if self._thread.is_alive():
-            self._thread.join(1.0)
-
-    def _sample(self) -> None:
-        try:
-            default_s = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or INTERVAL_S
-            interval_s = self._interval_s or max(0.1, float(default_s))
-            if self._closing.wait(interval_s):  # a short run does not import MLflow
-                return
-            import psutil
-            from mlflow.system_metrics.metrics import (
-                cpu_monitor,
-                disk_monitor,
-                gpu_monitor,
-                network_monitor,
-            )
-
-            # The first call returns 0. A later call returns the mean since the previous call.
-            psutil.cpu_percent()
-            monitors: list[Any] = [
-                cpu_monitor.CPUMonitor(),
-                disk_monitor.DiskMonitor(),
-                network_monitor.NetworkMonitor(),
-            ]
-            with suppress(RuntimeError):  # there is no GPU
-                monitors.append(gpu_monitor.GPUMonitor())
-            newest = last_event(self._file, System)
-            with Journal(self._file, attempt=0) as samples:
-                for step in count(0 if newest is None else newest.step + 1):
-                    if self._closing.wait(interval_s):
-                        return
-                    metrics: dict[str, float] = {}
-                    for monitor in monitors:
-                        monitor.collect_metrics()
-                        metrics |= monitor.aggregate_metrics() or {}
-                        monitor.clear_metrics()
-                    samples.write(System(step=step, metrics=metrics))
-        except Exception as error:  # such as a full disk, or a failed GPU driver
-            warnings.warn(
-                f"system metrics are no longer sampled: {type(error).__name__}: {error}",
-                stacklevel=1,
-            )
+        # The first call returns 0. A later call returns the mean since the previous call.
+        psutil.cpu_percent()
+        monitors: list[Any] = [
+            cpu_monitor.CPUMonitor(),
+            disk_monitor.DiskMonitor(),
+            network_monitor.NetworkMonitor(),
+        ]
+        with suppress(RuntimeError):  # there is no GPU
+            monitors.append(gpu_monitor.GPUMonitor())
+        newest = last_event(file, System)
+        with Journal(file, attempt=0) as samples:
+            for step in count(0 if newest is None else newest.step + 1):
+                if closing.wait(interval_s):
+                    return
+                metrics: dict[str, float] = {}
+                for monitor in monitors:
+                    monitor.collect_metrics()
+                    metrics |= monitor.aggregate_metrics() or {}
+                    monitor.clear_metrics()
+                samples.write(System(step=step, metrics=metrics))
+    except Exception as error:  # such as a full disk, or a failed GPU driver
+        warnings.warn(
+            f"system metrics are no longer sampled: {type(error).__name__}: {error}",
+            stacklevel=1,
+        )
 
 
 class Delivery:
