@@ -127,27 +127,6 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
     assert find(sqlite_store, run).info.end_time == found.info.end_time
 
 
-def test_the_runs_of_one_comparison_share_a_parent(fake_run: Callable, sqlite_store: str):
-    family, parent = "bb22" * 8, "e" * 32
-    first, second = (fake_run(name, family=family) for name in ("bptt", "sltt"))
-    first.attempt(("finish", {"step": 1}), study_parent=parent, rule="BPTT")
-    with second.start(study_parent=parent) as journal:
-        journal.events(steps(0, 1))
-        sync(first.folder, uri=sqlite_store)
-        mirror = Mirror(second.folder, uri=sqlite_store, interval_s=0.05)
-        above = find(sqlite_store, first).data.tags["mlflow.parentRunId"]
-        client = connect(sqlite_store)
-        settled(lambda: client.get_run(above).info.status == "RUNNING")
-        journal.event("failed", error="out of memory")
-    assert mirror.close(20)
-    found = find(sqlite_store, second)
-    assert (
-        found.data.tags.items()
-        >= {"mlflow.parentRunId": above, "spiketrain.error": "out of memory"}.items()
-    )
-    assert found.info.status == client.get_run(above).info.status == "FAILED"
-
-
 def test_steps_that_a_rollback_repeats_count_once(fake_run: Callable, sqlite_store: str):
     run = fake_run()
     run.attempt(*steps(0, 5))
