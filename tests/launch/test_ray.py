@@ -236,7 +236,7 @@ def test_more_than_there_is_is_refused_at_once(
 def test_a_wait_for_places_in_vain_ends_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for failure in (WorkerGroupStartupTimeoutError(2), NoResources("in vain")):
+    for failure in (WorkerGroupStartupTimeoutError(2), NoResources()):
         with pytest.raises(
             LaunchError,
             match=r"^launch: there were no resources for 2 workers in time: other jobs use"
