@@ -269,12 +269,6 @@ def fill_references(recipe: Recipe, path_of: Callable[[str], str | Path]) -> Rec
     return recipe.with_paths(fill)
 
 
-def prerequisites(suite: Suite, recipe: Recipe) -> tuple[str, ...]:
-    """The names of the recipes that must be trained before this one."""
-    choice = suite.choices.get(recipe.name)
-    return references(recipe) + (choice.trials if choice else ())
-
-
 def refuse_references(recipe: Recipe) -> None:
     """Refuse the references of a recipe that is not in a suite.
 
