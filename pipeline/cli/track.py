@@ -43,11 +43,11 @@ def sync(run: RunOrSuite, runs: Runs = RUNS) -> None:
     if is_suite(target):
         folders = [each for each in runs_of(target).values() if state_of(each) != "new"]
     for folder in folders:
-        report = mlflow.sync(folder, uri=uri)
+        delivery = mlflow.sync(folder, uri=uri)
         say(
             console,
-            f"{folder.name} -> {without_password(uri)}: {counted(report.delivered, 'point')}"
-            f" delivered, {report.already_there} already there",
+            f"{folder.name} -> {without_password(uri)}: {counted(delivery.delivered, 'point')}"
+            f" delivered, {delivery.translation.already_there} already there",
         )
     if not folders:
         print(f"{target.name}: no run of this suite has begun")

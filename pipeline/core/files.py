@@ -6,6 +6,7 @@ share a folder: one process writes a file with a unique name, and the others loo
 """
 
 import errno
+import fcntl
 import os
 import secrets
 import socket
@@ -14,7 +15,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from pipeline.core.errors import UserError
 
@@ -63,6 +64,21 @@ def retry_read(read: Callable[[], T_]) -> T_:
             if not attempts_left:
                 raise Unreadable(error.errno, os.strerror(error.errno), error.filename) from error
         time.sleep(TRY_S)
+
+
+def lock_within(file: IO[Any], seconds: float) -> bool:
+    """Lock an open file against other processes. Returns whether this process got the lock within
+    `seconds`. Closing the file releases the lock.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+        time.sleep(0.05)
 
 
 def is_name(text: str) -> bool:

@@ -10,7 +10,6 @@ SIGUSR1, SIGHUP     The run saves and stops, and never stops at once. A schedule
                     before its time limit. A terminal that closes sends SIGHUP.
 """
 
-import fcntl
 import math
 import os
 import signal
@@ -34,6 +33,7 @@ from pipeline.core.checks import require
 from pipeline.core.code_version import commit
 from pipeline.core.cpu_affinity import cores_here
 from pipeline.core.errors import UserError
+from pipeline.core.files import lock_within
 from pipeline.core.printing import new_console, say
 from pipeline.core.run_folder import RunFolder
 from pipeline.core.stages import say_stage
@@ -366,32 +366,23 @@ def this_machine() -> str:
 
 
 def _acquire(handle: IO[str], folder: Path) -> None:
-    start, is_printed = time.monotonic(), False
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            waited_s = time.monotonic() - start
-        if waited_s > LOCK_CHECK_S:
-            handle.seek(0)
-            holder = handle.read()
-            host = holder.partition(" ")[0]
-            error_prefix = f"{folder.name}: is being trained by another process on"
-            if holder == this_machine() or not host:
-                raise UserError(f"{error_prefix} this machine")
-            if waited_s > PATIENCE_S:
-                raise UserError(
-                    f"{error_prefix} {host}, which still holds the lock after {waited_s:.0f} s"
-                )
-            if not is_printed:
-                print(
-                    f"{folder.name}: is locked by a process on {host}: waiting for up to"
-                    f" {PATIENCE_S:.0f} s; if the machine is dead, its lock ends in that time",
-                    flush=True,
-                )
-                is_printed = True
-        time.sleep(0.5 if is_printed else 0.05)
+    if lock_within(handle, LOCK_CHECK_S):
+        return
+    handle.seek(0)
+    holder = handle.read()
+    host = holder.partition(" ")[0]
+    error_prefix = f"{folder.name}: is being trained by another process on"
+    if holder == this_machine() or not host:
+        raise UserError(f"{error_prefix} this machine")
+    print(
+        f"{folder.name}: is locked by a process on {host}: waiting for up to {PATIENCE_S:.0f} s; if"
+        " the machine is dead, its lock ends in that time",
+        flush=True,
+    )
+    if not lock_within(handle, PATIENCE_S):
+        raise UserError(
+            f"{error_prefix} {host}, which still holds the lock after {PATIENCE_S:.0f} s"
+        )
 
 
 # ------------------------------------------------------------------------------------ the terminal

@@ -37,13 +37,12 @@ from pipeline.launch.ray_cluster import (
     innermost,
     worker_environment,
 )
-from pipeline.measure.memory import unusable_gpus
+from pipeline.measure.memory import DEVICES, unusable_gpus
 from pipeline.track.mlflow import tracking_uri
 from pipeline.track.mlflow_store import connect, is_server, reason, sqlite_file, without_password
 from pipeline.train.checkpoint import absolute, folder_of
 
 PACKAGES = ("spiketrain", "torch", "deepspeed", "ray", "ffcv", "mlflow", "numpy", "numba", "timm")
-DEVICES = Path("/dev")
 NODE_TIMEOUT_S = 300.0  # For the checks on a node. The first time, FFCV and numba compile.
 
 

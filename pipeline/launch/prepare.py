@@ -1,6 +1,6 @@
 """The folder of a run: `prepare` makes it, with all files that a resume needs."""
 
-import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -178,18 +178,17 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     """
     refuse_taken(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    hidden = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
-    hidden.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(
+        dir=folder.parent, prefix=f".{folder.name}.", ignore_cleanup_errors=True
+    ) as parent:
+        hidden = Path(parent) / folder.name
+        hidden.mkdir()  # with the user's permissions; only its owner may read `parent`
         yield hidden
         try:
             hidden.rename(folder)
         except OSError:
             refuse_taken(folder)  # another launch was faster
             raise
-    except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        raise
 
 
 def folder_named(runs: Path, name: str) -> Path:

@@ -27,7 +27,7 @@ from pipeline.core.units import counted, format_quantity
 from pipeline.measure.energy import describe_inference
 from pipeline.track import events
 from pipeline.track.events import Event, from_dict
-from pipeline.track.journal import Follower, Record, number
+from pipeline.track.journal import Follower, Record
 from pipeline.track.mlflow_store import without_password
 
 _TASK = TaskID(0)  # the only task of the bar
@@ -295,16 +295,14 @@ def _advice(event: events.Skipped | events.Rollback) -> str:
     return f"; {event.advice}" if event.advice else ""
 
 
-def _short(value: Any) -> str:
-    size = number(value)
-    if size is None:
+def _short(value: float | None) -> str:
+    if value is None:
         return "-"
-    return f"{size:,.0f}" if abs(size) >= 1000 else f"{size:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def _quantity(value: Any, kind: str) -> str:
-    size = number(value)
-    return "-" if size is None else format_quantity(size, kind=kind)
+def _quantity(value: float | None, kind: str) -> str:
+    return "-" if value is None else format_quantity(value, kind=kind)
 
 
 _percent = partial(_quantity, kind="share")

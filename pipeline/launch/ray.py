@@ -234,7 +234,7 @@ class Ray:
             LaunchError: the workers died and are not restarted (`WorkersEnded`), or there were no
                 resources for them.
         """
-        from pipeline.launch.ray_trainer import is_lack_of_resources, needs_the_user, no_resources
+        from pipeline.launch.ray_trainer import is_lack_of_resources, needs_the_user
 
         try:
             result = self._trainer(job, attempt).fit().return_value
@@ -245,7 +245,10 @@ class Ray:
                 ) from error
             folder = Path(job.run)
             if not was_stopped(folder):
-                raise LaunchError(no_resources(self.min_workers)) from error
+                raise LaunchError(
+                    f"launch: there were no resources for {counted(self.min_workers, 'worker')} in"
+                    " time: other jobs use them, or a node was lost and not replaced"
+                ) from error
             saved = last_event(RunFolder(folder).journal, Checkpoint)
             with journal(folder, Ranks()) as tracker:
                 tracker.write(

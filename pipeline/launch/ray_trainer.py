@@ -287,7 +287,7 @@ class Resizing(ElasticScalingPolicy):
             self._is_journaled = False
         waited_s = time.monotonic() - self._no_workers_since
         if waited_s > RESOURCES_TIMEOUT_S:
-            raise NoResources(no_resources(self.sizes[0]))
+            raise NoResources
         if is_waiting and waited_s > CHECK_INTERVAL_S and not self._is_journaled:
             with suppress(OSError):  # the next call tries again
                 journal_waiting(self.folder, self.sizes[0])
@@ -351,14 +351,6 @@ def is_lack_of_resources(error: Exception) -> bool:
     """Whether Ray Train or `Resizing` gave up because there were no resources in time."""
     return isinstance(error, ControllerError) and isinstance(
         error.controller_failure, (WorkerGroupStartupTimeoutError, NoResources)
-    )
-
-
-def no_resources(workers: int) -> str:
-
-    return (
-        f"launch: there were no resources for {counted(workers, 'worker')} in time: other jobs use"
-        " them, or a node was lost and not replaced"
     )
 
 

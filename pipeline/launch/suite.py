@@ -69,9 +69,9 @@ from pipeline.recipe.suite import (
     command,
     fill_references,
     measured_in,
-    prerequisites,
+    references,
     runs_of,
-    sources,
+    sources_in,
     trust_words,
 )
 from pipeline.track.events import Start
@@ -119,7 +119,7 @@ class SuiteRuns:
 
     @cached_property
     def _sources(self) -> set[str]:
-        return sources(self.suite_file.suite)
+        return sources_in(self.folder)
 
     def remaining(self) -> list[Recipe]:
         """The recipes whose runs are not over, in the suite's order."""
@@ -127,7 +127,9 @@ class SuiteRuns:
 
     def can_start(self, recipe: Recipe) -> bool:
         """Whether all runs are over whose weights or results this run needs."""
-        return all(self.is_over(name) for name in prerequisites(self.suite_file.suite, recipe))
+        choice = self.suite_file.suite.choices.get(recipe.name)
+        trials = choice.trials if choice else ()
+        return all(self.is_over(name) for name in (*references(recipe), *trials))
 
     def job(self, recipe: Recipe) -> Job:
         """The job of a run. If the run has no folder yet, its recipe is completed with the value

@@ -47,22 +47,18 @@ def load_recipe(path: Path) -> Recipe | Suite:
             "must define a function recipe() that returns a Recipe or several; it does not",
         )
         result = function()
+        is_list = isinstance(result, (list, tuple)) and result
+        if is_list and all(isinstance(each, Recipe) for each in result):
+            result = Suite(tuple(result))
     except (Exception, SystemExit) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         message = " ".join(str(error).split())
         raise ValueError(f"{path}:{_line_of(error, path)} {kind}{message}") from error
-    if isinstance(result, (Recipe, Suite)):
-        return result
     require(
-        isinstance(result, (list, tuple))
-        and result
-        and all(isinstance(each, Recipe) for each in result),
+        isinstance(result, (Recipe, Suite)),
         f"{path}: recipe() must return a Recipe, a list of them or a Suite; got {result!r}",
     )
-    try:
-        return Suite(tuple(result))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    return result
 
 
 def trust_of(

@@ -21,7 +21,7 @@ class Spec:
     """
 
     target: Callable[..., Any]
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         kwargs = {
@@ -80,16 +80,6 @@ class Spec:
 
     def __reduce__(self) -> tuple[Any, ...]:  # a mappingproxy does not pickle
         return Spec, (self.target, dict(self.kwargs))
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Spec)
-            and self.target is other.target
-            and dict(self.kwargs) == dict(other.kwargs)
-        )
-
-    def __hash__(self) -> int:
-        return hash((self.target, frozenset(self.kwargs)))
 
 
 def spec(target: Callable[..., Any], /, **kwargs: Any) -> Spec:
@@ -179,8 +169,6 @@ def admits(hint: Any, value: Any) -> bool:
         return any(
             value == alternative and type(value) is type(alternative) for alternative in args
         )
-    if origin is typing.Annotated:
-        return admits(args[0], value)
     base = type(None) if hint is None else origin or hint
     if hint is Any or not inspect.isclass(base):
         return True

@@ -259,11 +259,6 @@ def references(recipe: Recipe) -> tuple[str, ...]:
     return tuple(names)
 
 
-def sources(suite: Suite) -> set[str]:
-    """The names of the recipes that others refer to."""
-    return {name for recipe in suite.recipes for name in references(recipe)}
-
-
 def fill_references(recipe: Recipe, path_of: Callable[[str], str | Path]) -> Recipe:
     """The recipe with each reference `@NAME` replaced by the path `path_of(NAME)`."""
 
@@ -272,12 +267,6 @@ def fill_references(recipe: Recipe, path_of: Callable[[str], str | Path]) -> Rec
         return path if name is None else str(path_of(name))
 
     return recipe.with_paths(fill)
-
-
-def prerequisites(suite: Suite, recipe: Recipe) -> tuple[str, ...]:
-    """The names of the recipes that must be trained before this one."""
-    choice = suite.choices.get(recipe.name)
-    return references(recipe) + (choice.trials if choice else ())
 
 
 def refuse_references(recipe: Recipe) -> None:
@@ -443,7 +432,7 @@ def measured_in(folder: Path) -> dict[str, Path]:
 
 
 def sources_in(folder: Path) -> set[str]:
-    """As `sources`, from a suite's folder. No code is imported.
+    """The names of the recipes that others refer to. No code is imported.
 
     Raises:
         ValueError: suite.json is damaged.

@@ -26,7 +26,6 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,14 +66,6 @@ INTERVAL_S = 10.0  # between two samples of the load
 _BLOCK_BYTES = 4 << 20  # the part of a journal that is read at a time
 
 
-@dataclass(frozen=True, kw_only=True)
-class SyncReport:
-    """The numbers of points that were sent, and of points that MLflow already had."""
-
-    delivered: int
-    already_there: int
-
-
 def tracking_uri(runs_dir: str | os.PathLike[str]) -> str:
     """The absolute URI of the MLflow store: MLFLOW_TRACKING_URI, or else `mlflow.db` in `runs_dir`.
 
@@ -89,8 +80,11 @@ def tracking_uri(runs_dir: str | os.PathLike[str]) -> str:
     return uri
 
 
-def sync(run_dir: str | os.PathLike[str], *, uri: str) -> SyncReport:
+def sync(run_dir: str | os.PathLike[str], *, uri: str) -> "Delivery":
     """Deliver the events of this run that MLflow does not have yet.
+
+    Returns: the delivery. Its `delivered` is the number of points that were sent, and its
+    `translation.already_there` the number of points that MLflow had.
 
     Raises:
         TrackingError: no attempt of the run has begun, or MLflow cannot be used.
@@ -99,14 +93,12 @@ def sync(run_dir: str | os.PathLike[str], *, uri: str) -> SyncReport:
     with tracking_errors(uri):
         if not delivery.advance(leaving="unless driven"):
             raise TrackingError(f"{run_dir}: must have a start event to be delivered; has none")
-    return SyncReport(
-        delivered=delivery.delivered, already_there=delivery.translation.already_there
-    )
+    return delivery
 
 
 class Mirror:
     """Delivers a run's journal to MLflow from a daemon thread, until `close`. A second thread
-    samples the machine's load (`Sampler`).
+    samples the machine's load (`sample_load`).
 
     The first thread waits for a journal that does not exist yet. A failed delivery raises no error
     and is repeated. `warning` describes the failure in one line, and is None after a success.
@@ -132,9 +124,15 @@ class Mirror:
         self._max_interval_s = max_interval_s
         self._closing = threading.Event()
         self._delivery: Delivery | None = None
-        self._sampler = Sampler(self.run_dir)
-        # A daemon thread: a call that waits for a dead server must not keep the driver alive.
+        # Daemon threads: a call that waits for a dead server must not keep the driver alive.
+        self._sampler = threading.Thread(
+            target=sample_load,
+            args=(RunFolder(run_dir).system, self._closing),
+            name="system-metrics",
+            daemon=True,
+        )
         self._thread = threading.Thread(target=self._follow, name="mlflow-mirror", daemon=True)
+        self._sampler.start()
         self._thread.start()
 
     def close(self, timeout: float = 30.0) -> bool:
@@ -143,7 +141,6 @@ class Mirror:
 
         If the journal does not say how the run ended, the run's status in MLflow is KILLED.
         """
-        self._sampler.close()
         self._closing.set()
         self._thread.join(timeout)
         return not self._thread.is_alive() and self.warning is None
@@ -154,6 +151,7 @@ class Mirror:
             self._deliver(leaving=False)
             failures = failures + 1 if self.warning else 0
             self._closing.wait(min(self._interval_s * 2 ** min(failures, 10), self._max_interval_s))
+        self._sampler.join(1.0)  # the last sample is delivered, too
         self._deliver(leaving=True)
 
     def _deliver(self, *, leaving: bool) -> None:
@@ -169,10 +167,9 @@ class Mirror:
             )
 
 
-class Sampler:
-    """Samples the system metrics of the driver's machine during training, with MLflow's monitors.
-    Appends a sample every `interval_s` seconds from a daemon thread, until `close`. An error ends
-    the sampling with a warning.
+def sample_load(file: Path, closing: threading.Event) -> None:
+    """Sample the system metrics of the driver's machine with MLflow's monitors, and append the
+    samples to `file`, until `closing` is set. An error ends the sampling with a warning.
 
     The metrics include all processes and all GPUs of the machine. The workers measure what the run
     itself uses (`pipeline.measure`).
@@ -183,63 +180,50 @@ class Sampler:
     the time of the sample. After a resume, the step count continues from the file.
 
     The environment variables are those of MLflow: MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING=false
-    disables the sampler, and MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL is the default interval in
-    seconds. Only the driver that holds `driver.lock` may sample the run.
+    disables the sampling, and MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL is the interval in seconds.
+    Only the driver that holds `driver.lock` may sample the run.
     """
+    enabled = os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower()
+    if enabled in ("false", "0"):
+        return
+    try:
+        given_s = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or INTERVAL_S
+        interval_s = max(0.1, float(given_s))
+        if closing.wait(interval_s):  # a short run does not import MLflow
+            return
+        import psutil
+        from mlflow.system_metrics.metrics import (
+            cpu_monitor,
+            disk_monitor,
+            gpu_monitor,
+            network_monitor,
+        )
 
-    def __init__(self, run_dir: Path, *, interval_s: float | None = None) -> None:
-        self._file = RunFolder(run_dir).system
-        self._interval_s = interval_s
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._sample, name="system-metrics", daemon=True)
-        enabled = os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower()
-        if enabled not in ("false", "0"):
-            self._thread.start()
-
-    def close(self) -> None:
-        self._closing.set()
-        if self._thread.is_alive():
-            self._thread.join(1.0)
-
-    def _sample(self) -> None:
-        try:
-            default_s = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or INTERVAL_S
-            interval_s = self._interval_s or max(0.1, float(default_s))
-            if self._closing.wait(interval_s):  # a short run does not import MLflow
-                return
-            import psutil
-            from mlflow.system_metrics.metrics import (
-                cpu_monitor,
-                disk_monitor,
-                gpu_monitor,
-                network_monitor,
-            )
-
-            # The first call returns 0. A later call returns the mean since the previous call.
-            psutil.cpu_percent()
-            monitors: list[Any] = [
-                cpu_monitor.CPUMonitor(),
-                disk_monitor.DiskMonitor(),
-                network_monitor.NetworkMonitor(),
-            ]
-            with suppress(RuntimeError):  # there is no GPU
-                monitors.append(gpu_monitor.GPUMonitor())
-            newest = last_event(self._file, System)
-            with Journal(self._file, attempt=0) as samples:
-                for step in count(0 if newest is None else newest.step + 1):
-                    if self._closing.wait(interval_s):
-                        return
-                    metrics: dict[str, float] = {}
-                    for monitor in monitors:
-                        monitor.collect_metrics()
-                        metrics |= monitor.aggregate_metrics() or {}
-                        monitor.clear_metrics()
-                    samples.write(System(step=step, metrics=metrics))
-        except Exception as error:  # such as a full disk, or a failed GPU driver
-            warnings.warn(
-                f"system metrics are no longer sampled: {type(error).__name__}: {error}",
-                stacklevel=1,
-            )
+        # The first call returns 0. A later call returns the mean since the previous call.
+        psutil.cpu_percent()
+        monitors: list[Any] = [
+            cpu_monitor.CPUMonitor(),
+            disk_monitor.DiskMonitor(),
+            network_monitor.NetworkMonitor(),
+        ]
+        with suppress(RuntimeError):  # there is no GPU
+            monitors.append(gpu_monitor.GPUMonitor())
+        newest = last_event(file, System)
+        with Journal(file, attempt=0) as samples:
+            for step in count(0 if newest is None else newest.step + 1):
+                if closing.wait(interval_s):
+                    return
+                metrics: dict[str, float] = {}
+                for monitor in monitors:
+                    monitor.collect_metrics()
+                    metrics |= monitor.aggregate_metrics() or {}
+                    monitor.clear_metrics()
+                samples.write(System(step=step, metrics=metrics))
+    except Exception as error:  # such as a full disk, or a failed GPU driver
+        warnings.warn(
+            f"system metrics are no longer sampled: {type(error).__name__}: {error}",
+            stacklevel=1,
+        )
 
 
 class Delivery:
@@ -594,24 +578,20 @@ def register(
     Raises:
         TrackingError: no attempt of the run has begun, or MLflow cannot be used.
     """
-    run_dir = Path(run_dir)
-    delivery = Delivery(run_dir, uri=uri)
-    with tracking_errors(uri):
-        if not delivery.advance(leaving="unless driven"):
-            raise TrackingError(f"{run_dir}: must have a start event to be registered; has none")
-        with one_at_a_time(run_dir.parent):
-            client, run = delivery.client, delivery.client.get_run(delivery.run_id)
-            address = checkpoint.resolve().as_uri()
-            if not client.search_registered_models(f"name = '{name}'"):
-                client.create_registered_model(name)
-            versions = client.search_model_versions(f"name = '{name}'")
-            version = next((v for v in versions if v.tags.get("uri") == address), None)
-            version = version or client.create_model_version(
-                name,
-                # A server (3.17.2) accepts a local source only inside the run's artifacts.
-                f"{run.info.artifact_uri}/{checkpoint.name}",
-                run.info.run_id,
-                tags={"uri": address},
-            )
-            client.set_registered_model_alias(name, alias, version.version)
+    delivery = sync(run_dir, uri=uri)
+    with tracking_errors(uri), one_at_a_time(Path(run_dir).parent):
+        client, run = delivery.client, delivery.client.get_run(delivery.run_id)
+        address = checkpoint.resolve().as_uri()
+        if not client.search_registered_models(f"name = '{name}'"):
+            client.create_registered_model(name)
+        versions = client.search_model_versions(f"name = '{name}'")
+        version = next((v for v in versions if v.tags.get("uri") == address), None)
+        version = version or client.create_model_version(
+            name,
+            # A server (3.17.2) accepts a local source only inside the run's artifacts.
+            f"{run.info.artifact_uri}/{checkpoint.name}",
+            run.info.run_id,
+            tags={"uri": address},
+        )
+        client.set_registered_model_alias(name, alias, version.version)
     return str(version.version)

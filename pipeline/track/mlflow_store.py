@@ -9,17 +9,15 @@ MLflow (3.17.2) creates an experiment or a run in several steps. If two callers 
 same time, both calls may fail, or both may succeed. So callers hold the lock `one_at_a_time`.
 """
 
-import fcntl
 import logging
 import os
 import re
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.core.files import is_name
+from pipeline.core.files import is_name, lock_within
 from pipeline.core.secrets import without_secrets
 from pipeline.recipe.suite import how_to_resume, is_suite, runs_of, sources_in
 from pipeline.track.journal import Record
@@ -219,19 +217,13 @@ def one_at_a_time(runs_dir: Path) -> Iterator[None]:
     Raises:
         TrackingError: another process still holds the lock after two minutes.
     """
-    path, deadline = runs_dir / ".mlflow.lock", time.monotonic() + LOCK_TIMEOUT_S
+    path = runs_dir / ".mlflow.lock"
     with path.open("ab") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise TrackingError(
-                        f"{path}: the lock must be free to deliver to MLflow; another process still"
-                        f" holds it after {LOCK_TIMEOUT_S:.0f} s: wait for that process, or end it"
-                    ) from None
-            time.sleep(0.1)
+        if not lock_within(file, LOCK_TIMEOUT_S):
+            raise TrackingError(
+                f"{path}: the lock must be free to deliver to MLflow; another process still holds"
+                f" it after {LOCK_TIMEOUT_S:.0f} s: wait for that process, or end it"
+            )
         yield
 
 

@@ -484,14 +484,12 @@ def no_login(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @contextmanager
-def server(*, password: str | None) -> Iterator[tuple[str, list[str | None]]]:
-    """Its HOST:PORT, and the logins that were shown to it."""
-    shown: list[str | None] = []
+def server(*, password: str) -> Iterator[str]:
+    """Its HOST:PORT."""
 
     class Answer(BaseHTTPRequestHandler):
         def answer(self) -> None:
-            shown.append(self.headers.get("Authorization"))
-            self.send_response(200 if password in (None, shown[-1]) else 401)
+            self.send_response(200 if self.headers.get("Authorization") == password else 401)
             self.end_headers()
             self.wfile.write(b"{}")
 
@@ -502,7 +500,7 @@ def server(*, password: str | None) -> Iterator[tuple[str, list[str | None]]]:
 
     with HTTPServer(("127.0.0.1", 0), Answer) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
-        yield f"127.0.0.1:{http.server_port}", shown
+        yield f"127.0.0.1:{http.server_port}"
         http.shutdown()
 
 
@@ -510,7 +508,7 @@ ME = "Basic bWU6cGFzcw=="  # me:pass
 
 
 def test_a_tracking_server() -> None:
-    with server(password=ME) as (place, _):
+    with server(password=ME) as place:
         assert check_mlflow(f"http://{place}").state == "bad"
         found = check_mlflow(f"http://me:pass@{place}")
         assert found.state == "ok" and "pass@" not in found.text
@@ -538,13 +536,3 @@ def test_what_is_not_an_address_of_a_store(uri: str) -> None:
     found = check_mlflow(uri)
     assert found.state == "bad" and "must be http://HOST:PORT" in found.text and found.advice
     assert "planted" not in found.text
-
-
-@pytest.mark.parametrize("token", ["planted-token\n", "planted\ntoken"])
-def test_a_token_that_no_header_may_hold_is_not_shown(
-    monkeypatch: pytest.MonkeyPatch, token: str
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", token)
-    with server(password="Bearer x") as (place, _):
-        found = check_mlflow(f"http://{place}")
-    assert found.state == "bad" and "planted" not in found.text

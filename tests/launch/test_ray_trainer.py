@@ -378,11 +378,7 @@ def test_a_place_is_waited_for_an_hour_and_somebody_is_told_once(
         if absence == 1:
             looks(elastic)  # there they are
     NOW[0] += 2
-    with pytest.raises(
-        NoResources,
-        match=r"^launch: there were no resources for 1 worker in time: other jobs use them, or"
-        r" a node",
-    ):
+    with pytest.raises(NoResources):
         elastic.make_decision_for_non_running_worker_group()
 
 
@@ -402,10 +398,7 @@ def test_a_wait_in_vain_ends_the_run(tmp_path: Path) -> None:
         restarts.make_decision(ControllerError(WorkerGroupStartupTimeoutError(2)))
         == FailureDecision.RETRY
     )
-    assert (
-        restarts.make_decision(ControllerError(NoResources("launch: in vain")))
-        == FailureDecision.RAISE
-    )
+    assert restarts.make_decision(ControllerError(NoResources())) == FailureDecision.RAISE
     assert not restarts.waits_for_nodes and isinstance(
         trainer._policies["scaling_policy"], Resizing
     )  # which does

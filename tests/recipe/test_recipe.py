@@ -490,7 +490,8 @@ def test_every_recipe_file_resolves_and_survives_tiny() -> None:
         for recipe in recipes_of(path):
             assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
             assert recipe.tiny().time_steps <= 2
-            assert recipe.family in FAMILIES, path
+            families = {path.parent.name} if path.parent.name in FAMILIES else FAMILIES
+            assert recipe.family in families, path
             head = path.read_text().split('"""')[1]
             assert len(head.strip().splitlines()) <= 15, path
             words = (
@@ -500,14 +501,6 @@ def test_every_recipe_file_resolves_and_survives_tiny() -> None:
                 *(("Plan:",) if "imagenet" in str(path) else ()),
             )
             assert all(word in head for word in words), path
-
-
-def test_a_recipes_family_is_its_folders_name() -> None:
-    paths = [path for path in RECIPES if path.parent.name in FAMILIES]
-    assert len(paths) >= 80
-    assert {path: {recipe.family for recipe in recipes_of(path)} for path in paths} == {
-        path: {path.parent.name} for path in paths
-    }
 
 
 def test_a_spec_survives_pickling() -> None:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from rich.console import Console
@@ -11,7 +12,6 @@ from rich.console import Console
 from pipeline.core.printing import NO_WIDTH
 from pipeline.report.results import ReportError
 from pipeline.report.selection import find_run, list_runs, print_runs
-from pipeline.track.mlflow import SyncReport
 from tests.helpers.small import command
 from tests.report.conftest import STUDY, make_all
 
@@ -58,9 +58,9 @@ def test_store_and_baseline_of_a_run_are_beside_it_wherever_one_stands(
     spiketrain = command(monkeypatch, capsys)
     stores: list[str] = []
 
-    def sync(folder: Path, *, uri: str) -> SyncReport:
+    def sync(folder: Path, *, uri: str) -> Mock:
         stores.append(uri)
-        return SyncReport(delivered=1, already_there=0)
+        return Mock(delivered=1, translation=Mock(already_there=0))
 
     def register(folder: Path, checkpoint: Path, *, name: str, alias: str, uri: str) -> str:
         stores.append(uri)

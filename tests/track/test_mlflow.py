@@ -22,7 +22,7 @@ import pytest
 
 from pipeline.report.stores import open_store
 from pipeline.track import mlflow_store as hierarchy
-from pipeline.track.mlflow import Delivery, Mirror, SyncReport, register, sync, tracking_uri
+from pipeline.track.mlflow import Delivery, Mirror, register, sync, tracking_uri
 from pipeline.track.mlflow_store import TrackingError, connect
 from tests.helpers.nodes import free_port
 from tests.helpers.waiting import until
@@ -52,6 +52,12 @@ def history(uri: str, run: FakeRun, key: str) -> list[tuple[int, float]]:
     ]
 
 
+def points(run: FakeRun, uri: str) -> tuple[int, int]:
+    """How many a delivery sends, and how many MLflow had."""
+    delivery = sync(run.folder, uri=uri)
+    return delivery.delivered, delivery.translation.already_there
+
+
 def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
     run = fake_run()
     checkpoint = {"path": "checkpoints/step_00000002", "stall_s": 0.1, "write_s": 0.5, "bytes": 12}
@@ -72,7 +78,7 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
     lines = [json.loads(line) for line in journal.read_text().splitlines()]
     an_hour_ago = [json.dumps({**line, "time": line["time"] - 3600}) + "\n" for line in lines]
     journal.write_text("".join(an_hour_ago))
-    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=20, already_there=0)
+    assert points(run, sqlite_store) == (20, 0)
 
     found, client = find(sqlite_store, run), connect(sqlite_store)
     assert (found.info.status, found.info.run_name) == ("FINISHED", "a_run")
@@ -97,12 +103,12 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
         "summary/peak_saved_bytes": [(3, 4096)],
     }
     assert {key: history(sqlite_store, run, key) for key in histories} == histories
-    points = found.data._metric_objs
-    assert {point.key.split("/")[0] for point in points} == {
+    metrics = found.data._metric_objs
+    assert {point.key.split("/")[0] for point in metrics} == {
         *("train", "val", "fidelity", "checkpoint", "summary")
     }
     # the time of its event, and not of its delivery
-    for time_ms in (*(point.timestamp for point in points), found.info.end_time):
+    for time_ms in (*(point.timestamp for point in metrics), found.info.end_time):
         assert time_ms == pytest.approx((time.time() - 3600) * 1000, abs=60_000)
 
     sent = {"recipe.json", "journal.jsonl", "summary.json", "activity.json", "answers.npz"}
@@ -117,29 +123,8 @@ def test_what_a_finished_run_looks_like(fake_run: Callable, sqlite_store: str):
         "f" * 32,
     )
 
-    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=0, already_there=20)
+    assert points(run, sqlite_store) == (0, 20)
     assert find(sqlite_store, run).info.end_time == found.info.end_time
-
-
-def test_the_runs_of_one_comparison_share_a_parent(fake_run: Callable, sqlite_store: str):
-    family, parent = "bb22" * 8, "e" * 32
-    first, second = (fake_run(name, family=family) for name in ("bptt", "sltt"))
-    first.attempt(("finish", {"step": 1}), study_parent=parent, rule="BPTT")
-    with second.start(study_parent=parent) as journal:
-        journal.events(steps(0, 1))
-        sync(first.folder, uri=sqlite_store)
-        mirror = Mirror(second.folder, uri=sqlite_store, interval_s=0.05)
-        above = find(sqlite_store, first).data.tags["mlflow.parentRunId"]
-        client = connect(sqlite_store)
-        settled(lambda: client.get_run(above).info.status == "RUNNING")
-        journal.event("failed", error="out of memory")
-    assert mirror.close(20)
-    found = find(sqlite_store, second)
-    assert (
-        found.data.tags.items()
-        >= {"mlflow.parentRunId": above, "spiketrain.error": "out of memory"}.items()
-    )
-    assert found.info.status == client.get_run(above).info.status == "FAILED"
 
 
 def test_steps_that_a_rollback_repeats_count_once(fake_run: Callable, sqlite_store: str):
@@ -150,7 +135,7 @@ def test_steps_that_a_rollback_repeats_count_once(fake_run: Callable, sqlite_sto
         *steps(2, 8, scale=100.0), step=2, world_size=4, params={"epochs": "3", "new": "1"}
     )
     # 2, 3, 4 again: neither delivered nor counted
-    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=9, already_there=15)
+    assert points(run, sqlite_store) == (9, 15)
     expected = [
         (step, pytest.approx((1.0 if step < 5 else 100.0) / (step + 1))) for step in range(8)
     ]
@@ -434,7 +419,7 @@ def test_names_and_values_that_mlflow_refuses(fake_run: Callable, sqlite_store: 
         rule="HLOP(OTTT)",
         hardware={"gpu#0": "y" * 9000},
     )
-    assert sync(run.folder, uri=sqlite_store) == SyncReport(delivered=2, already_there=0)
+    assert points(run, sqlite_store) == (2, 0)
     found = find(sqlite_store, run)
     assert set(found.data.metrics) == {"val/inf", "val/top1_5_"}
     assert len(found.data.params["augment_0_.p"]) == 6000
@@ -526,7 +511,7 @@ def test_a_server_that_hangs_dies_and_comes_back(
             with pytest.raises(TrackingError, match="cannot be used"):
                 sync(run.folder, uri=uri)
             server = start_server(store, port)
-            assert sync(run.folder, uri=uri) == SyncReport(delivered=32, already_there=30)
+            assert points(run, uri) == (32, 30)
             assert [step for step, _ in history(uri, run, "train/loss")] == list(range(20))
             assert [step for step, _ in history(uri, run, "train/memory_bytes")] == list(range(20))
             found = find(uri, run).info

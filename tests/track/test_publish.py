@@ -59,7 +59,7 @@ def test_what_cannot_be_registered_is_told_in_a_line(fake_run: Callable, sqlite_
         [line] = str(caught.value).splitlines()
         return line
 
-    assert "must have a start event to be registered" in refused("x", sqlite_store)
+    assert "must have a start event to be delivered" in refused("x", sqlite_store)
     run.attempt(FINISH)
     assert "cannot be used (MlflowException: Invalid model name 'a/b'" in refused(
         "a/b", sqlite_store

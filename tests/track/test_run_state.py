@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.launch.cluster import Cluster
 from pipeline.launch.suite import SuiteRuns
-from pipeline.recipe.suite import Choice, Suite, SuiteFile, sources, sources_in
+from pipeline.recipe.suite import Choice, Suite, SuiteFile
 from pipeline.track.run_state import best, done_entries, is_driven, state_of, top1_of
 from tests.helpers.events import RawJournal
 from tests.helpers.small import small_recipe
@@ -116,11 +116,6 @@ def test_what_diverged_is_over_like_what_finished_unless_others_take_its_weights
         assert (name not in [recipe.name for recipe in children.remaining()]) is over
     search = suite(tmp_path / "search", trial="diverged", shared="diverged")
     assert [search.can_start(each) for each in search.suite_file.suite.recipes[2:]] == [True, False]
-
-
-def test_whose_weights_are_taken_is_known_without_an_import(tmp_path: Path) -> None:
-    made = suite(tmp_path).suite_file.suite
-    assert sources(made) == sources_in(tmp_path / "suite") == {"shared"}
 
 
 def test_the_first_of_the_best_is_taken_and_what_diverged_is_last(tmp_path: Path) -> None:

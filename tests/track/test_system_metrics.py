@@ -1,10 +1,11 @@
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 
 from pipeline.track.journal import read
-from pipeline.track.mlflow import Mirror, Sampler, sync
+from pipeline.track.mlflow import Mirror, sample_load, sync
 from pipeline.track.mlflow_store import connect
 from tests.track.test_mlflow import find, history, settled
 
@@ -12,14 +13,18 @@ CPU = "system/cpu_utilization_percentage"
 
 
 def sampled(folder: Path, count: int) -> None:
-    sampler = Sampler(folder, interval_s=0.05)
-    settled(lambda: len(read(folder / "system.jsonl")) >= count)
-    sampler.close()
+    file, closing = folder / "system.jsonl", Event()
+    thread = Thread(target=sample_load, args=(file, closing))
+    thread.start()
+    settled(lambda: len(read(file)) >= count)
+    closing.set()
+    thread.join()
 
 
 def test_samples_go_on_after_a_resume_and_arrive_once_with_their_own_time(
-    fake_run: Callable, sqlite_store: str
+    fake_run: Callable, sqlite_store: str, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
     run = fake_run()
     with run.start() as journal:
         sampled(run.folder, 3)
@@ -42,16 +47,13 @@ def test_samples_go_on_after_a_resume_and_arrive_once_with_their_own_time(
 
 
 def test_it_can_be_switched_off_and_costs_a_short_run_nothing(
-    fake_run: Callable, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    run = fake_run()
-    Sampler(run.folder).close()
-    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    (ended := Event()).set()
+    sample_load(tmp_path / "system.jsonl", ended)
     monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")
-    sampler = Sampler(run.folder)
-    assert not sampler._thread.is_alive()
-    sampler.close()
-    assert not (run.folder / "system.jsonl").exists()
+    sample_load(tmp_path / "system.jsonl", Event())
+    assert not (tmp_path / "system.jsonl").exists()
 
 
 def test_the_mirror_samples(fake_run: Callable, sqlite_store: str, monkeypatch: pytest.MonkeyPatch):
@@ -67,11 +69,14 @@ def test_the_mirror_samples(fake_run: Callable, sqlite_store: str, monkeypatch: 
 
 @pytest.mark.parametrize(
     ("interval", "error"),
-    [(0.01, "FileNotFoundError"), (None, "ValueError: could not convert string to float: 'soon'")],
+    [
+        ("0.1", "FileNotFoundError"),
+        ("soon", "ValueError: could not convert string to float: 'soon'"),
+    ],
 )
 def test_what_goes_wrong_ends_the_samples_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: float | None, error: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: str, error: str
 ):
-    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "soon")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", interval)
     with pytest.warns(UserWarning, match=f"system metrics are no longer sampled: {error}"):
-        Sampler(tmp_path / "gone", interval_s=interval)._thread.join(20)
+        sample_load(tmp_path / "gone" / "system.jsonl", Event())
