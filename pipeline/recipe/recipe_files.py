@@ -46,7 +46,7 @@ def load_recipe(path: Path) -> Recipe | Suite:
             function is not None,
             "must define a function recipe() that returns a Recipe or several; it does not",
         )
-        result = function()
+        result: Any = function()
         is_list = isinstance(result, (list, tuple)) and result
         if is_list and all(isinstance(each, Recipe) for each in result):
             result = Suite(tuple(result))

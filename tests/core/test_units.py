@@ -13,7 +13,6 @@ from pipeline.core.units import counted
         ((3, "batch"), "3 batches"),
         ((2, "class"), "2 classes"),
         ((None, "worker"), "? workers"),
-        ((2, "study", "studies"), "2 studies"),
     ],
 )
 def test_a_count_and_its_noun_agree(words: tuple, text: str) -> None:
