@@ -46,10 +46,10 @@ def load_recipe(path: Path) -> Recipe | Suite:
             function is not None,
             "must define a function recipe() that returns a Recipe or several; it does not",
         )
-        result: Any = function()
+        result = function()
         is_list = isinstance(result, (list, tuple)) and result
         if is_list and all(isinstance(each, Recipe) for each in result):
-            result = Suite(tuple(result))
+            return Suite(tuple(result))
     except (Exception, SystemExit) as error:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         message = " ".join(str(error).split())
