@@ -54,10 +54,10 @@ def load_recipe(path: Path) -> Recipe | Suite:
         kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
         message = " ".join(str(error).split())
         raise ValueError(f"{path}:{_line_of(error, path)} {kind}{message}") from error
-    require(
-        isinstance(result, (Recipe, Suite)),
-        f"{path}: recipe() must return a Recipe, a list of them or a Suite; got {result!r}",
-    )
+    if not isinstance(result, (Recipe, Suite)):
+        raise ValueError(
+            f"{path}: recipe() must return a Recipe, a list of them or a Suite; got {result!r}"
+        )
     return result
 
 
