@@ -17,6 +17,7 @@ from tests.helpers.browser import Watch, on_the_first_screen, violations
 from tests.helpers.events import RawJournal, event
 from tests.helpers.hand_made import run, study
 from tests.helpers.real_study import train_real_study
+from tests.helpers.waiting import until
 from tests.report.test_figures import SWEEP
 
 WIDE, PHONE = (1440, 900), (390, 844)
@@ -175,9 +176,17 @@ def test_the_first_screen_has_the_tiles_and_the_figure(page: Page):
 
 def test_the_figure_says_whose_a_point_is(page: Page):
     page.evaluate("() => window.scrollTo(0, 0)")
-    page.locator(".main .scatterlayer .trace").nth(2).locator(".point").first.hover(force=True)
+    point = page.locator(".main .scatterlayer .trace").nth(2).locator(".point").first
     label = page.locator(".main .hoverlayer", has_text="OTTT-A, seed 0")
-    label.filter(has_text="compute time").wait_for()
+
+    def is_labelled() -> bool:
+        # Plotly drops a movement of the mouse that arrives while it draws.
+        page.mouse.move(0, 0)
+        point.hover(force=True)
+        page.wait_for_timeout(200)
+        return label.filter(has_text="compute time").is_visible()
+
+    until(is_labelled, within=30)
 
 
 def test_names_from_outside_stay_text(browser: Browser, tmp_path: Path):
