@@ -516,6 +516,16 @@ def test_a_tracking_server() -> None:
     assert found.state == "bad" and found.text.startswith(f"http://{place}: ") and found.advice
 
 
+@pytest.mark.parametrize("token", ["planted-token\n", "planted\ntoken"])
+def test_a_token_that_no_header_may_hold_is_not_shown(
+    monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", token)
+    with server(password="Bearer x") as place:
+        found = check_mlflow(f"http://{place}")
+    assert found.state == "bad" and "planted" not in found.text
+
+
 def test_a_store_that_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for file in (kept := tmp_path / "x.db", tmp_path / "not" / "there" / "x.db"):
         assert check_mlflow(f"sqlite:///{file}").state == "ok"
