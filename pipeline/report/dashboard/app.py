@@ -45,6 +45,7 @@ MAX_STUDIES = 200  # in a list
 _NO_RUN = "The store has no run of this study"
 _WINDOW = "spiketrain dashboard"
 _PLOTLY = "/plotly.js"
+_FRESH_S = 0.5  # the age of the list of runs in which a study is looked up
 # A browser keeps plotly.js, because the page's address of it names its content.
 _KEPT = {"Content-Encoding": "gzip", "Cache-Control": "private, max-age=31536000, immutable"}
 
@@ -163,8 +164,11 @@ class _Endpoints:
         return Response(table.to_csv(), mimetype="text/csv")
 
     def _opened(self) -> tuple[ViewState, Sequence[StoredRun]]:
-        """Return the requested view, of the newest study if it names none, and all runs."""
-        view, all_runs = _requested_view(), self._live.listed(fresh_s=self._every)
+        """Return the requested view, of the newest study if it names none, and all runs.
+
+        The requests of a look, which follow one another at once, share a list of the runs.
+        """
+        view, all_runs = _requested_view(), self._live.listed(fresh_s=_FRESH_S)
         if not view.study and all_runs:
             view = view.at_study(studies(all_runs)[0])
         return view, all_runs
