@@ -157,11 +157,18 @@ class Ray:
             raise UserError(
                 f"ray: the cluster's token must be set; got none: {error.message}; {TOKEN_ADVICE}"
             ) from error
-        except (OSError, RuntimeError) as error:  # a ConnectionError is an OSError
+        # Ray 2.60 raises an Exception of no class of its own if a start takes more than 30 s.
+        except Exception as error:
+            reason = (str(error) or repr(error)).splitlines()[0]
+            if address is None:
+                raise UserError(
+                    f"ray: a cluster must start on this machine; got: {reason}; try again when the"
+                    " machine is less busy, or train with one worker and without Ray by --inline"
+                ) from error
             # Ray 2.60 raises "no cluster found" also if a cluster refused the token.
             raise UserError(
-                f"ray: the cluster at {address or 'this machine'} must run and accept this process;"
-                f" got: {str(error).splitlines()[0]}; if it runs, {TOKEN_ADVICE}"
+                f"ray: the cluster at {address} must run and accept this process; got: {reason}; if"
+                f" it runs, {TOKEN_ADVICE}"
             ) from error
 
     def __exit__(self, *exc: object) -> None:

@@ -181,6 +181,20 @@ def test_cards_that_torch_cannot_use_are_refused_before_anything_starts(
     assert Inline(device="cpu").device == "cpu"
 
 
+def test_a_cluster_that_does_not_start_in_time_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    in_a_cluster(monkeypatch, CPU=2.0)
+    late = Exception("The current node timed out during startup.")  # as Ray 2.60 raises it
+    monkeypatch.setattr(ray, "init", Mock(side_effect=late))
+    message = (
+        "^ray: a cluster must start on this machine; got: The current node timed out during"
+        r" startup\.; try again .* --inline$"
+    )
+    with pytest.raises(UserError, match=message), Ray(Cluster(workers=1, device="cpu")):
+        pass
+
+
 @pytest.mark.parametrize(
     ("about", "resources", "said"),
     [
