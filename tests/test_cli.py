@@ -116,6 +116,8 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "or the name of a packaged one, such as fashion/sltt; got nowhere.py, which does not"
             " exist",
         ),
+        ("launch fashion/slt", "got fashion/slt, which does not exist; packaged: fashion/sltt"),
+        ("launch recipes/continual", "packaged: continual/permuted_fashion_hlop_bptt, continual/"),
         ("launch README.md", "must be a Python file"),
         (
             "launch recipes/fashion/sltt.py --set optimiser.lr=1",

@@ -5,6 +5,7 @@ import importlib.util
 import sys
 import traceback
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,11 +20,28 @@ _ANONYMOUS = "recipe_file_"  # prefix of the module name of a file that cannot b
 
 def find_recipe(path: Path) -> Path:
     """The file of a packaged recipe for a name such as `fashion/sltt`; other paths as they are."""
-    packaged = own_code.find_spec("recipes")
-    if path.suffix or path.exists() or packaged is None or packaged.origin is None:
-        return path
-    file = Path(packaged.origin).parent / path.with_suffix(".py")
-    return file if file.is_file() else path
+    return path if path.exists() else _packaged_recipes().get(path.as_posix(), path)
+
+
+def _packaged_recipes() -> dict[str, Path]:
+    """The files of the packaged recipes by name."""
+    package = own_code.find_spec("recipes")
+    if package is None or package.origin is None:
+        return {}
+    folder = Path(package.origin).parent
+    return {
+        file.relative_to(folder).with_suffix("").as_posix(): file
+        for file in sorted(folder.glob("*/*.py"))
+        if not file.stem.endswith(("base", "__"))  # these define no recipe
+    }
+
+
+def _similar_names(path: Path) -> str:
+    """The packaged recipes in a folder of this name, or those with similar names, as a text."""
+    names = _packaged_recipes()
+    similar = [name for name in names if name.startswith(f"{path.name}/")]
+    similar = similar or get_close_matches(path.with_suffix("").as_posix(), names)
+    return f"; packaged: {', '.join(similar)}" if similar else ""
 
 
 def load_recipe(path: Path) -> Recipe | Suite:
@@ -38,7 +56,9 @@ def load_recipe(path: Path) -> Recipe | Suite:
     require(
         path.is_file() and path.suffix == ".py",
         "recipe: must be a Python file that defines recipe(), or the name of a packaged one, such"
-        f" as fashion/sltt; got {path}" + ("" if path.exists() else ", which does not exist"),
+        f" as fashion/sltt; got {path}"
+        + ("" if path.exists() else ", which does not exist")
+        + ("" if path.is_file() else _similar_names(path)),
     )
     try:
         function: Any = getattr(_import_file(path), "recipe", None)
