@@ -118,6 +118,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ("launch fashion/slt", "got fashion/slt, which does not exist; packaged: fashion/sltt"),
         ("launch recipes/continual", "packaged: continual/permuted_fashion_hlop_bptt, continual/"),
+        ("launch .", "such as fashion/sltt; got ."),
         ("launch README.md", "must be a Python file"),
         (
             "launch recipes/fashion/sltt.py --set optimiser.lr=1",

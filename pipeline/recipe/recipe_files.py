@@ -40,7 +40,7 @@ def _similar_names(path: Path) -> str:
     """The packaged recipes in a folder of this name, or those with similar names, as a text."""
     names = _packaged_recipes()
     similar = [name for name in names if name.startswith(f"{path.name}/")]
-    similar = similar or get_close_matches(path.with_suffix("").as_posix(), names)
+    similar = similar or get_close_matches(path.as_posix(), names)
     return f"; packaged: {', '.join(similar)}" if similar else ""
 
 
