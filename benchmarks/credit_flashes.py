@@ -22,6 +22,7 @@ from pipeline.recipe import Recipe, spec
 from pipeline.recipe.json import read_json, write_json
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
+from recipes.compare.blocks_base import cell_name
 from recipes.compare.credit_flashes import (
     CELLS,
     PAIRS,
@@ -36,7 +37,6 @@ from recipes.compare.credit_flashes import (
     neurons_of,
     top1_of,
 )
-from recipes.compare.factorial_base import cell_name
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from pipeline.forecast.rule_timing import Timings, run_processes
 from pipeline.forecast.step_counts import FakeBench, count_rule
 from pipeline.measure.memory import device_here, hardware
 from pipeline.recipe import Recipe
-from recipes.compare.factorial_base import cell_name
+from recipes.compare.blocks_base import cell_name
 from recipes.compare.memory_budget import (
     ANSWERS,
     BATCH,

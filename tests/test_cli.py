@@ -185,7 +185,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "must look like optimizer.lr=0.03,0.1,0.3,1.0,3.0; got",
         ),
         (
-            "launch recipes/compare/sei_stamps.py --seeds 2",
+            "launch recipes/compare/sei_fashion.py --seeds 2",
             "launch: a suite with its own report or choices must be launched without --seeds",
         ),
         (

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
+from scipy import stats
 
 from pipeline.core.checks import require
 from pipeline.core.files import write_whole
@@ -30,7 +31,6 @@ from pipeline.recipe import Recipe
 from pipeline.recipe.json import read_json
 from pipeline.track.run_state import is_over, state_of, top1_of
 from pipeline.train.evaluation import read_predictions
-from recipes.compare.factorial_base import cell_name, student_widening
 
 Cell = tuple[str, ...]
 Answers = dict[str, NDArray[np.bool_]]  # by the name of a cell: whether each sample is right
@@ -215,6 +215,10 @@ class Blocks:
         return hashlib.sha256(weights.read_bytes()).hexdigest(), top1
 
 
+def cell_name(cell: Cell) -> str:
+    return ", ".join(cell)
+
+
 def _without_paths(recipe: Recipe) -> Recipe:
     taught_by = recipe.teacher and recipe.teacher.with_(weights="", cache=None)
     return replace(recipe, data=recipe.data.with_(folder=""), teacher=taught_by)
@@ -239,7 +243,7 @@ def interval(
 
     instead of one e. Where seeds and images are weighed in one product, it is three (Owen 2007,
     arXiv:0712.1111). Deviations of seeds are widened, because resamples of S seeds vary less than
-    seeds do.
+    seeds do, by 1 - 1/S, and Student's quantile is due (Hesterberg 2014, arXiv:1411.5279).
     """
     S, N = value_SN.shape
     if S == 1:
@@ -249,5 +253,6 @@ def interval(
     # Images of one value are drawn together.
     value_V, images_V = np.unique(value_SN.sum(0), return_counts=True)
     images_R = draw.multinomial(N, images_V / N, size=resamples) @ value_V / (S * N) - mean
-    low, high = np.percentile(mean + student_widening(S) * seeds_R + images_R, (2.5, 97.5))
+    widening = stats.t.ppf(0.975, S - 1) / stats.norm.ppf(0.975) / np.sqrt(1 - 1 / S)
+    low, high = np.percentile(mean + widening * seeds_R + images_R, (2.5, 97.5))
     return float(low), float(high)

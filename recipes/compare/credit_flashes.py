@@ -35,8 +35,7 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
 from pipeline.spiking.neuron import LIF, PLIF
-from recipes.compare.blocks_base import Answers, Blocks
-from recipes.compare.factorial_base import cell_name
+from recipes.compare.blocks_base import Answers, Blocks, cell_name
 from recipes.events.base import moving
 from recipes.fashion.base import fashion
 

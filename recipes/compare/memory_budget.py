@@ -32,10 +32,9 @@ from pipeline.recipe.json import read_json
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.ottt import OTTT
 from pipeline.rules.sltt import SLTT
-from recipes.compare.blocks_base import Blocks, Cell, interval
+from recipes.compare.blocks_base import Blocks, Cell, cell_name, interval
 from recipes.compare.credit_flashes import RULES as OF_FLASHES
 from recipes.compare.credit_flashes import trained as trained_on_flashes
-from recipes.compare.factorial_base import cell_name
 from recipes.fashion.base import fashion
 
 NAME = "budget"

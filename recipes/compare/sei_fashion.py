@@ -37,13 +37,14 @@ from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
 from pipeline.train.distillation import Distillation
 from pipeline.train.objective import CrossEntropy
-from recipes.compare.blocks_base import Answers, Blocks, interval
-from recipes.compare.factorial_base import Levels, Weights, cell_name, effect
+from recipes.compare.blocks_base import Answers, Blocks, Cell, cell_name, interval
 from recipes.fashion.base import fashion
 
 # N images, S seeds
 
-FACTORS: dict[str, Levels] = {
+Weights = dict[Cell, float]
+
+FACTORS = {
     "weights": ("real", "1-bit"),
     "shortcuts": ("block", "multiple"),
     "taught by": ("labels", "teacher"),
@@ -68,7 +69,7 @@ def recipe() -> Suite:
     return Suite(recipes=(teacher(), *STUDY.recipes()), report=report)
 
 
-def trained(cell: tuple[str, ...], *, epochs: int = EPOCHS) -> Recipe:
+def trained(cell: Cell, *, epochs: int = EPOCHS) -> Recipe:
     """The recipe of a cell: weights, shortcuts, what it learns from, and the rule unless SLTT."""
     weights, shortcuts, taught_by, *rule = cell
     shortcut = {"block": "membrane", "multiple": "multiple"}[shortcuts]
@@ -154,11 +155,17 @@ def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
 def contrasts() -> dict[str, Weights]:
     """The weights of the cells by what they measure. Those of MAIN have ten seeds."""
 
-    def less(one: tuple[str, ...], other: tuple[str, ...]) -> Weights:
+    def less(one: Cell, other: Cell) -> Weights:
         return {one: 1.0, other: -1.0}
 
     def gain(weights: str) -> Weights:
         return less((weights, *BOTH), (weights, *NEITHER))
+
+    def effect(weights: str, factor: str) -> Weights:
+        """The second level of a factor less its first, in the mean over the third factor."""
+        column, (_, second) = list(FACTORS).index(factor), FACTORS[factor]
+        cells = (cell for cell in product(*FACTORS.values()) if cell[0] == weights)
+        return {cell: 0.5 if cell[column] == second else -0.5 for cell in cells}
 
     neither, both = (("1-bit", *rest) for rest in (NEITHER, BOTH))
     return {
@@ -167,10 +174,10 @@ def contrasts() -> dict[str, Weights]:
         "gain in 1-bit - gain in real": gain("1-bit") | {k: -w for k, w in gain("real").items()},
         "neither: 1-bit - real": less(neither, ("real", *NEITHER)),
         "both: 1-bit - real": less(both, ("real", *BOTH)),
-        "1-bit: multiple - block": effect(FACTORS, "shortcuts", at={"weights": "1-bit"}),
-        "1-bit: teacher - labels": effect(FACTORS, "taught by", at={"weights": "1-bit"}),
-        "real: multiple - block": effect(FACTORS, "shortcuts", at={"weights": "real"}),
-        "real: teacher - labels": effect(FACTORS, "taught by", at={"weights": "real"}),
+        "1-bit: multiple - block": effect("1-bit", "shortcuts"),
+        "1-bit: teacher - labels": effect("1-bit", "taught by"),
+        "real: multiple - block": effect("real", "shortcuts"),
+        "real: teacher - labels": effect("real", "taught by"),
         "1-bit, multiple: teacher - smoothed labels": less(both, SMOOTHED),
         "1-bit, neither: SLTT - BPTT": less(neither, BY_BPTT[0]),
         "1-bit, both: SLTT - BPTT": less(both, BY_BPTT[1]),

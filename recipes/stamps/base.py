@@ -4,9 +4,9 @@ photographs, and its teacher.
     spiketrain write stamps --out data/stamps-0 --size 160 --split 0        (and 1, 2; 3 to choose
     settings on)
 
-Objects and grounds of the evaluation images were never seen in training. The learning rate
-(recipes/compare/sei_stamps_rates.py) and the teacher (docs/LOG.md) were chosen on split 3, whose
-evaluation objects train in the other three. The test set is read once, after the last epoch.
+Objects and grounds of the evaluation images were never seen in training. The learning rate and the
+teacher were chosen on split 3 (docs/LOG.md), whose evaluation objects train in the other three. The
+test set is read once, after the last epoch.
 """
 
 from dataclasses import replace

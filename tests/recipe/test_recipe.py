@@ -316,7 +316,7 @@ def test_what_has_no_json_form_leaves_the_file_as_it_was(tmp_path: Path) -> None
         "pipeline.data.write.published_events._find_files",
         "pipeline.recipe.recipe_files.load_recipe",
         "pipeline.models.teachers.cache.CachedPredictions",
-        "recipes.compare.factorial_base.read_right",
+        "recipes.compare.blocks_base.interval",
         "recipesque.run",
     ],
 )

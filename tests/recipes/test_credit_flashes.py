@@ -16,7 +16,7 @@ from pipeline.core.printing import new_console
 from pipeline.recipe.json import read_json, write_json
 from pipeline.spiking.neuron import LIF, PLIF
 from recipes.compare import credit_flashes, credit_flashes_rates
-from recipes.compare.blocks_base import Answers, _hash
+from recipes.compare.blocks_base import Answers, _hash, cell_name
 from recipes.compare.credit_flashes import (
     CELLS,
     PAIRS,
@@ -33,7 +33,6 @@ from recipes.compare.credit_flashes import (
     top1_of,
     trained,
 )
-from recipes.compare.factorial_base import cell_name
 
 
 def test_the_runs_of_a_set_share_all_but_rule_neuron_and_rate() -> None:

@@ -18,7 +18,7 @@ from pipeline.recipe import Recipe
 from pipeline.recipe.json import write_json
 from pipeline.train.evaluation import read_predictions
 from recipes.compare import memory_budget
-from recipes.compare.factorial_base import cell_name
+from recipes.compare.blocks_base import cell_name
 from recipes.compare.memory_budget import (
     BATCH,
     BUDGETS,

@@ -225,6 +225,15 @@ def test_contrasts_are_differences_of_accuracies() -> None:
     assert table.points[GAIN] == pytest.approx(gain["1-bit"])
     assert table.points[INTERACTION] == pytest.approx(gain["1-bit"] - gain["real"])
     assert (table.seeds[GAIN], table.seeds["1-bit: multiple - block"]) == (10, 5)
+    at = {cell: np.mean([right[seed][", ".join(cell)].mean() for seed in range(5)]) for cell in ALL}
+    for weights in ("1-bit", "real"):
+        (bl, bt), (ml, mt) = (
+            [100 * at[weights, shortcut, by] for by in ("labels", "teacher")]
+            for shortcut in ("block", "multiple")
+        )
+        shortcuts, taught = f"{weights}: multiple - block", f"{weights}: teacher - labels"
+        assert table.points[shortcuts] == pytest.approx((ml + mt - bl - bt) / 2)
+        assert table.points[taught] == pytest.approx((bt + mt - bl - ml) / 2)
     assert table.loc[GAIN].low < table.loc[GAIN].points < table.loc[GAIN].high
 
 

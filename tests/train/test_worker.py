@@ -64,7 +64,6 @@ REPEATED = (
         "qkformer_10_384_sei_",
         "ms_resnet34_sei_",
         "nf_resnet101_",
-        "sei_stamps",
         "sei_fashion",
         "credit_flashes",
         "memory_budget",
