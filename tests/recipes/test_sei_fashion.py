@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from recipes.compare.blocks_base import interval
 from recipes.compare.sei_fashion import (
     ALL,
     CELLS_OF,
+    FACTORS,
     MAIN,
     RATE,
     SMOOTHED,
@@ -235,6 +238,40 @@ def test_contrasts_are_differences_of_accuracies() -> None:
         assert table.points[shortcuts] == pytest.approx((ml + mt - bl - bt) / 2)
         assert table.points[taught] == pytest.approx((bt + mt - bl - ml) / 2)
     assert table.loc[GAIN].low < table.loc[GAIN].points < table.loc[GAIN].high
+
+
+def test_the_page_has_what_the_kept_answers_tell() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "results.md").read_text()
+    _, section = page.split("## Parts of SEI-BWSNN")
+    rows = dict(re.findall(r"\| ([^|]*) \| ([+-].*) \|\n", section.split("\n## ")[0]))
+    right = STUDY.read(new_console())
+    table = contrasts_of(right)
+    for words, name in {
+        "shortcuts and teacher, in 1-bit weights": GAIN,
+        "shortcuts and teacher, in real weights": "real: both - neither",
+        "the difference of these two gains": INTERACTION,
+        "1 bit, with neither": "neither: 1-bit - real",
+        "1 bit, with both": "both: 1-bit - real",
+        "the shortcuts, in 1-bit weights": "1-bit: multiple - block",
+        "the teacher, in 1-bit weights": "1-bit: teacher - labels",
+        "the teacher, against labels as uncertain as its answers": (
+            "1-bit, multiple: teacher - smoothed labels"
+        ),
+        "SLTT against BPTT, in 1-bit weights with both": "1-bit, both: SLTT - BPTT",
+    }.items():
+        found = [float(each) for each in re.findall(r"[-+]?\d+\.\d+", rows.pop(words))]
+        # Another numpy may draw other resamples.
+        expected = table.loc[name, ["points", "low", "high"]].tolist()
+        assert found == pytest.approx(expected, abs=0.025), name
+    assert not rows
+    for weights in ("real", "1-bit"):
+        row = [
+            100 * np.mean([cells[name] for cells in right.values() if name in cells])
+            for rest in product(*list(FACTORS.values())[1:])
+            if (name := ", ".join((weights, *rest)))
+        ]
+        [found] = re.findall(rf"\| {weights} weights \| (\d.*) \|", section)
+        assert [float(each) for each in found.split(" | ")] == pytest.approx(row, abs=0.0051)
 
 
 @pytest.mark.parametrize(
