@@ -5,9 +5,9 @@ Command:  spiketrain write fashion --out data/fashion
           spiketrain launch recipes/compare/sei_fashion.py --workers 1 --side-by-side auto
           python -m recipes.compare.sei_fashion RUNS
 Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, of which only the abstract is public.
-Result:   both help 1-bit weights: +0.94 points (0.67 to 1.20) of the 1.27 that 1 bit costs. Whether
-          real weights gain less, +0.67 (0.40 to 0.94), is undecided; commit 0f27aa474dff, AMD EPYC.
-          Table: docs/results.md, "Parts of SEI-BWSNN".
+Result:   together they help 1-bit weights: +0.94 points (0.67 to 1.20), where 1 bit costs 1.27.
+          Real weights gain 0.67 (0.40 to 0.94). Whether that is less is undecided; commit
+          0f27aa474dff, AMD EPYC. Table: docs/results.md, "Parts of SEI-BWSNN".
 
 A block is all cells of one seed; its answers stand in sei_fashion_answers (blocks_base.py).
 Settings were chosen on a held-out tenth (sei_fashion_rates.py, sei_fashion_temperature.py).
@@ -251,8 +251,9 @@ def render(table: pd.DataFrame, right: Mapping[int, Answers], console: Console) 
     }
     alike = f"1-bit and real weights gain as much by them, within {GATE} points."
     say(console, words.get(verdict(more.low, more.high), alike))
-    if cost.high < -0.5:
-        say(console, f"They bring back {-gain.points / cost.points:.0%} of what 1 bit costs.")
+    if cost.high < -0.5 and gain.low > 0:
+        share = -gain.points / cost.points
+        say(console, f"Shortcuts and teacher bring back {share:.0%} of what 1 bit costs.")
 
 
 if __name__ == "__main__":
