@@ -45,12 +45,12 @@ PAIRS = ((8, 1), (8, 2), (16, 1), (16, 2), (16, 4), (32, 1), (32, 2), (32, 4), (
 FIXED, LEARNT = spec(LIF, decay=0.9), spec(PLIF, decay=0.5)
 # by label: rule, neuron and learning rate
 RULES: dict[str, tuple[Spec, Spec, float]] = {
-    "BPTT": (spec(BPTT), FIXED, 0.01),
-    "truncated BPTT": (spec(BPTT, truncate=4), FIXED, 0.01),
+    "BPTT": (spec(BPTT), FIXED, 0.03),
+    "truncated BPTT": (spec(BPTT, truncate=4), FIXED, 0.03),
     "OTTT": (spec(OTTT), FIXED, 0.01),
     "SLTT": (spec(SLTT), FIXED, 0.01),
     "BPTT, learnt leak": (spec(BPTT), LEARNT, 0.01),
-    "SLTT, learnt leak": (spec(SLTT), LEARNT, 0.01),
+    "SLTT, learnt leak": (spec(SLTT), LEARNT, 0.003),
 }
 SETS = tuple(f"flashes-{T}-{gap}" for T, gap in PAIRS)
 CELLS = (*product(SETS, RULES), *(("fashion", rule) for rule in RULES if "trunc" not in rule))
