@@ -4,7 +4,8 @@ block, around each synapse} x {labels, a teacher} on Fashion-MNIST, over ten see
 Command:  spiketrain write fashion --out data/fashion
           spiketrain launch recipes/compare/sei_fashion.py --workers 1 --side-by-side auto
           python -m recipes.compare.sei_fashion RUNS
-Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, of which only the abstract is public.
+Source:   Meng et al. 2025 (SEI-BWSNN), arXiv:2508.12609, of which only the abstract is public;
+          cells, network and teacher are ours.
 Result:   together they help 1-bit weights: +0.94 points (0.67 to 1.20), where 1 bit costs 1.27.
           Real weights gain 0.67 (0.40 to 0.94). Whether that is less is undecided; commit
           0f27aa474dff, AMD EPYC. Table: docs/results.md, "Parts of SEI-BWSNN".

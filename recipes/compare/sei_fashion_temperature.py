@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from scipy.optimize import root_scalar
-from torch.nn import functional as F
+from torch.distributions import Categorical
 
 from pipeline import load
 from pipeline.core.printing import say
@@ -53,11 +53,11 @@ def report(runs: Mapping[str, Path], console: Console) -> None:
     logits_NK = _answers(runs[TEACHER])
     say(console, f"The teacher alone, on the held-out tenth: {top1_of(runs[TEACHER]):.2%}.")
     for temperature in TEMPERATURES:
-        entropy = mean_entropy(logits_NK / temperature)
+        entropy = Categorical(logits=logits_NK.double() / temperature).entropy().mean().item()
         say(
             console,
             f"At temperature {temperature:g} its answers in training have {entropy:.4f} nats, as"
-            f" label smoothing of {smoothing_of(entropy, classes=10):.4f}.",
+            f" label smoothing of {_smoothing_of(entropy, classes=10):.4f}.",
         )
 
 
@@ -70,12 +70,7 @@ def _answers(run: Path) -> torch.Tensor:
         return torch.cat([network(to_time_first(batch.x, 1)).mean(0) for batch in batches])
 
 
-def mean_entropy(logits_NK: torch.Tensor) -> float:
-    log_p_NK = F.log_softmax(logits_NK.double(), dim=-1)
-    return -(log_p_NK.exp() * log_p_NK).sum(-1).mean().item()
-
-
-def smoothing_of(entropy: float, *, classes: int) -> float:
+def _smoothing_of(entropy: float, *, classes: int) -> float:
     """The share e for which (1 - e) on the label and e / K on every class have this entropy."""
 
     def excess(share: float) -> float:

@@ -24,7 +24,7 @@ from pipeline.rules.sltt import SLTT
 from pipeline.train.distillation import Distillation
 from pipeline.train.evaluation import read_predictions
 from recipes.compare import sei_fashion, sei_fashion_rates, sei_fashion_temperature
-from recipes.compare.blocks_base import interval
+from recipes.compare.blocks_base import cell_name, interval
 from recipes.compare.sei_fashion import (
     ALL,
     CELLS_OF,
@@ -214,7 +214,7 @@ def test_answers_of_other_runs_are_refused(wrong: str, says: str, tmp_path: Path
 def test_contrasts_are_differences_of_accuracies() -> None:
     rng = np.random.default_rng(0)
     right = {
-        seed: {", ".join(cell): rng.random(500) < 0.7 for cell in CELLS_OF[seed]}
+        seed: {cell_name(cell): rng.random(500) < 0.7 for cell in CELLS_OF[seed]}
         for seed in CELLS_OF
     }
     table = contrasts_of(right, resamples=200)
@@ -228,7 +228,7 @@ def test_contrasts_are_differences_of_accuracies() -> None:
     assert table.points[GAIN] == pytest.approx(gain["1-bit"])
     assert table.points[INTERACTION] == pytest.approx(gain["1-bit"] - gain["real"])
     assert (table.seeds[GAIN], table.seeds["1-bit: multiple - block"]) == (10, 5)
-    at = {cell: np.mean([right[seed][", ".join(cell)].mean() for seed in range(5)]) for cell in ALL}
+    at = {cell: np.mean([right[seed][cell_name(cell)].mean() for seed in range(5)]) for cell in ALL}
     for weights in ("1-bit", "real"):
         (bl, bt), (ml, mt) = (
             [100 * at[weights, shortcut, by] for by in ("labels", "teacher")]
@@ -266,10 +266,10 @@ def test_the_page_has_what_the_kept_answers_tell() -> None:
         assert found[1:] == pytest.approx([low, high], abs=0.025), name
     assert not rows
     for weights in ("real", "1-bit"):
+        names = [cell_name(cell) for cell in product(*FACTORS.values()) if cell[0] == weights]
         row = [
             100 * np.mean([cells[name] for cells in right.values() if name in cells])
-            for rest in product(*list(FACTORS.values())[1:])
-            if (name := ", ".join((weights, *rest)))
+            for name in names
         ]
         [found] = re.findall(rf"\| {weights} weights \| (\d.*) \|", section)
         assert [float(each) for each in found.split(" | ")] == pytest.approx(row, abs=0.0051)
