@@ -257,6 +257,7 @@ def train_side_by_side(suite: SuiteRuns, launcher: Launcher, slots: int, console
                     failure = failure or child.failure()
                     # The user may have stopped only this run.
                     was_run_stopped = was_run_stopped or not suite.is_over(name)
+                    _say_how_many_are_over(suite, console)
             is_waiting = False
             if not signals and failure is None and not was_run_stopped:
                 try:
@@ -489,7 +490,13 @@ def _train_one_by_one(suite: SuiteRuns, launcher: Launcher, console: Console) ->
         # A request in the last batch of a run is too late to stop the run, but stops the suite.
         if was_stopped(suite.folders[recipe.name]) and recipe is not remaining[-1]:
             return False
+        _say_how_many_are_over(suite, console)
     return True
+
+
+def _say_how_many_are_over(suite: SuiteRuns, console: Console) -> None:
+    runs = len(suite.folders)
+    say(console, f"runs over: {runs - len(suite.remaining())} of {runs}")
 
 
 def _check_recipes(

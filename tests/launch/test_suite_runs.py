@@ -346,6 +346,7 @@ def test_a_run_that_the_child_of_a_killed_suite_still_saves_is_begun_once_that_h
             assert (tmp_path / "run" / "stop").exists() and not finished.done()
         assert finished.result(20) is True
     assert said.getvalue().count("another process") == 1
+    assert "runs over: 1 of 1\n" in said.getvalue()
 
 
 def test_a_run_that_is_refused_was_not_stopped_whatever_note_lies_there(
