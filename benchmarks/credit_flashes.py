@@ -22,6 +22,7 @@ from pipeline.recipe import Recipe, spec
 from pipeline.recipe.json import read_json, write_json
 from pipeline.rules.bptt import BPTT
 from pipeline.rules.sltt import SLTT
+from pipeline.track.run_state import state_of
 from recipes.compare.blocks_base import cell_name
 from recipes.compare.credit_flashes import (
     CELLS,
@@ -41,6 +42,7 @@ from recipes.compare.credit_flashes import (
 
 def main() -> None:
     if len(sys.argv) > 1:
+        PROBES.parent.mkdir(exist_ok=True)
         STUDY.main(lambda runs, console: write_json(PROBES, probe(runs)))
         return
     right = STUDY.read(new_console())
@@ -54,7 +56,10 @@ def probe(runs: Mapping[str, Path]) -> Probes:
     """
     probes: Probes = {}
     for name, baseline in baselines():
-        run = runs[STUDY.run_name((name, baseline), 0)]
+        wanted = STUDY.run_name((name, baseline), 0)
+        is_finished = wanted in runs and state_of(runs[wanted]) == "finished"
+        require(is_finished, f"{STUDY.name}: the run {wanted} must have finished")
+        run = runs[wanted]
         made = Recipe.read(run / "recipe.json")
         rules = [rule for each, rule in CELLS if each == name and neurons_of(rule) == baseline]
         probes[cell_name((name, baseline))] = {
@@ -73,6 +78,7 @@ def _probe(recipe: Recipe, rules: Sequence[str]) -> dict[str, dict[str, float]]:
         for wanted in (BPTT, SLTT)
     )
     found = fidelity(bptt, sltt, gradients)
+    require(found.comparable, f"{STUDY.name}: no layer of {recipe.name} has a gradient to compare")
     measured = {SHARE: found.temporal_share, **found.cosines}
     return {
         name: {layer: values[layer] for layer in found.comparable}

@@ -26,7 +26,6 @@ from recipes.compare.credit_flashes import (
     Advice,
     Loss,
     advice_of,
-    clock_bound,
     holds,
     losses_of,
     neurons_of,
@@ -35,8 +34,8 @@ from recipes.compare.credit_flashes import (
 )
 
 
-def test_the_runs_of_a_set_share_all_but_rule_neuron_and_rate() -> None:
-    made = credit_flashes.recipe().recipes
+def test_the_runs_of_a_set_share_all_but_rule_neuron_and_rate(tmp_path: Path) -> None:
+    made = replace(STUDY, folder=tmp_path).recipes()
     assert len(made) == 177 and {each.seed for each in made} == {0, 1, 2}
     flashes = [each for each in made if "flashes" in each.name]
     assert len(flashes) == 162 and {2 * gap < T for T, gap in PAIRS} == {True}
@@ -131,9 +130,8 @@ def test_answers_of_a_pair_count_as_one() -> None:
 def loss(rule: str, share: float, kind: str, *, after: float = 0.5) -> Loss:
     points = {"safe": 0.0, "unsafe": 9.0, "undecided": 1.0}[kind]
     ends = {"points": points, "low": points - 0.5, "high": points + 0.5}
-    made = Loss(
-        name="flashes-8-1", rule=rule, signs={"share before": share, "share after": after}, **ends
-    )
+    signs = {"share before": share, "share after": after}
+    made = Loss(name="flashes-8-1", rule=rule, signs=signs, deviation=0.1, **ends)
     assert made.kind == kind
     return made
 
@@ -160,17 +158,12 @@ def test_advice_holds_from_8_of_10_decided_cells_on_with_3_of_each_kind() -> Non
 
     advice, safe = Advice("share before", 0.5), judged(3, 0.2, "safe")
     assert holds(advice, [*safe, *judged(5, 0.8, "unsafe"), *judged(2, 0.3, "unsafe")])
-    assert not holds(advice, [*safe, *judged(4, 0.8, "unsafe"), *judged(3, 0.3, "unsafe")])
-    assert not holds(advice, [*safe[:2], *judged(8, 0.8, "unsafe")])
-    assert not holds(advice, [*safe, *judged(6, 0.8, "unsafe")])
-    assert not holds(advice, [*safe, *judged(7, 0.8, "undecided")])
-
-
-@pytest.mark.parametrize(("T", "gap"), PAIRS)
-def test_the_bound_of_a_reader_that_knows_the_time(T: int, gap: int) -> None:
-    """Counted over the places of the first flash, which are as many as `T - gap`."""
-    known = [t < gap or t + gap >= T - gap for t in range(T - gap)]
-    assert clock_bound(T, gap) == pytest.approx((1 + np.mean(known)) / 2)
+    assert holds(advice, [*safe, *judged(4, 0.8, "unsafe"), *judged(3, 0.3, "unsafe")]) is False
+    missed = judged(3, 0.8, "safe")  # an advice that calls nothing safe is right in 12 of 15
+    assert holds(advice, [*missed, *judged(12, 0.8, "unsafe")]) is False
+    assert holds(advice, [*safe[:2], *judged(8, 0.8, "unsafe")]) is None
+    assert holds(advice, [*safe, *judged(6, 0.8, "unsafe")]) is None
+    assert holds(advice, [*safe, *judged(7, 0.8, "undecided")]) is None
 
 
 def test_the_report_tells_losses_and_how_often_the_advice_is_right(
@@ -182,7 +175,6 @@ def test_the_report_tells_losses_and_how_often_the_advice_is_right(
     rng = np.random.default_rng(0)
     lost = {name: 0.0 if name.endswith(("-1", "fashion")) else 9.0 for name in (*SETS, "fashion")}
     found = probes(lambda name: 0.2 if lost[name] == 0 else 0.8)
-    write_json(credit_flashes.PROBES, found)
     assert credit_flashes.report({}, new_console()) == {}
     assert "credit: 0 of 3 seeds have answers." in capsys.readouterr().out
     hashes = {cell_name(cell): _hash(trained(cell)) for cell in CELLS}
@@ -191,12 +183,16 @@ def test_the_report_tells_losses_and_how_often_the_advice_is_right(
         cells = {cell: np.packbits(each).tobytes().hex() for cell, each in right.items()}
         block = {"recipes": hashes, "contents": {}, "cells": cells}
         write_json(tmp_path / f"seed-{seed}.json", block)
+    assert credit_flashes.report({}, new_console()) == {}
+    assert "benchmarks.credit_flashes must measure seed 0's runs" in capsys.readouterr().out
+    write_json(credit_flashes.PROBES, found)
     found = credit_flashes.report({}, new_console())
     out = " ".join(capsys.readouterr().out.split())
     assert found["advice"] == {"sign": "share before", "threshold": pytest.approx(0.5)}
     assert "a rule is safe where share before training is at most 0.50" in out
     assert re.search(r"right in (\d) of \1 safe on T = 8 and 16, 9 of 9 unsafe on T", out)
     assert re.search(r"(\d) of \1 safe on the judged part, 9 of 9 unsafe on the judged", out)
+    assert re.search(r"share before \+0\.[4-9]\d \+0\.[4-9]\d", out)
     assert "It holds." in out and "By a cosine of 0.9" in out
     losses = [Loss(**each) for each in found["losses"]]
     top1 = top1_of(study.read(new_console()))
