@@ -4,9 +4,8 @@ else.
 Command:  spiketrain launch recipes/fashion/spide_ide.py --workers 2
 Source:   Xiao et al. 2021 (IDE), arXiv:2109.14247, on the network of recipes/fashion/spide.py with
           its symmetric reset.
-Result:   0.8930 top-1 on the 10,000 test images after 20 epochs, one run with --inline: one core of
-          an AMD EPYC, under other load, 4 minutes; commit 1c241ec47596. It ran before weight decay
-          reached biases and gains (ide.py)
+Result:   0.8941 top-1 on the 10,000 test images after 20 epochs, one run with --inline: one core of
+          an AMD EPYC, 5 minutes; commit 216e051488a8
 """
 
 from dataclasses import replace
