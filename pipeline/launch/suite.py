@@ -212,7 +212,7 @@ def count_parallel_runs(launcher: Launcher, side_by_side: CountOrAuto) -> int:
 def train_side_by_side(suite: SuiteRuns, launcher: Launcher, slots: int, console: Console) -> bool:
     """Train the remaining runs, `slots` at a time. Returns whether all runs of the suite are over.
 
-    After a failure or a stop no further run starts. The first error is raised after the last end.
+    After a failure or a stop no further run starts. The first error is raised when all have ended.
 
     Raises:
         LaunchError: a run failed. The message has the driver's last line, signal or exit status.

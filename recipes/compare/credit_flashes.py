@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from rich.console import Console
 from scipy import stats
@@ -181,16 +182,17 @@ def losses_of(right: Mapping[int, Answers], probes: Probes) -> list[Loss]:
                 lost[rule] = np.array([_pairs(x[baseline]) - _pairs(x[cell]) for x in both])
         if not lost:
             continue
-        pooled = np.mean([lost_SP.mean(1).var(ddof=1) for lost_SP in lost.values()])
+        variances = {rule: lost_SP.mean(1).var(ddof=1) for rule, lost_SP in lost.items()}
+        pooled = np.mean([*variances.values()])
         for rule, lost_SP in lost.items():
             S = len(lost_SP)
             of_seeds = stats.t.ppf(0.975, 2 * (S - 1)) * np.sqrt(pooled / S)
             of_pairs = stats.norm.ppf(0.975) * stats.sem(lost_SP.mean(0))
             half, points = float(np.hypot(of_seeds, of_pairs)), float(lost_SP.mean())
             signs = _signs(probes[cell_name((name, neurons_of(rule)))], rule)
-            ends = {"points": points, "low": points - half, "high": points + half}
-            own = float(lost_SP.mean(1).std(ddof=1))
-            losses.append(Loss(name=name, rule=rule, signs=signs, deviation=own, **ends))
+            values = {"points": points, "low": points - half, "high": points + half}
+            values["deviation"] = float(np.sqrt(variances[rule]))
+            losses.append(Loss(name=name, rule=rule, signs=signs, **values))
     return losses
 
 
@@ -222,13 +224,8 @@ def decided(losses: Sequence[Loss]) -> list[Loss]:
 
 def correlations(losses: Sequence[Loss]) -> dict[str, float]:
     """Spearman's, of each sign with what rules without the gradient through time lose."""
-    rows = [each for each in losses if each.rule in MEMORYLESS]
-    points = stats.rankdata([each.points for each in rows])
-    found = {}
-    for sign in losses[0].signs:
-        ranks = stats.rankdata([each.signs[sign] for each in rows])
-        found[sign] = float(np.corrcoef(ranks, points)[0, 1])
-    return found
+    rows = [{**each.signs, "points": each.points} for each in losses if each.rule in MEMORYLESS]
+    return pd.DataFrame(rows).corr("spearman")["points"].to_dict()
 
 
 def advice_of(losses: Sequence[Loss]) -> Advice | None:
