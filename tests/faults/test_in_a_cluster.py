@@ -88,7 +88,7 @@ class Faulty(SLTT):
         for name in ("killed 0", "killed 1"):
             if strikes(name, *here):
                 os.kill(os.getpid(), signal.SIGKILL)
-        if due("drift", *here) and first_time("drift"):
+        if strikes("drift", *here):
             next(model.parameters()).data.flatten()[0] += 1e-4
         if strikes("driver", *here):
             time.sleep(1000)  # until whoever sees the file kills the driver, and Ray us
