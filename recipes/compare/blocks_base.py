@@ -48,6 +48,7 @@ class Blocks:
         in order; multiples of 8
     teacher: the recipe of the teacher of the runs that have one, and the top-1 in 0..1 that its own
         run must have reached
+    machine: processor and torch on which all runs must be; None: one machine for each seed
     """
 
     name: str
@@ -56,6 +57,7 @@ class Blocks:
     recipe_of: Callable[[Cell], Recipe]
     samples: Mapping[str, int]
     teacher: tuple[Recipe, float] | None = None
+    machine: str | None = None
 
     def recipes(self) -> list[Recipe]:
         """Of all cells of the seeds that have no answers; of all seeds once each has."""
@@ -152,9 +154,9 @@ class Blocks:
     def _block(self, seed: int, runs: Mapping[Cell, Path]) -> dict[str, Any]:
         """The content of a seed's file.
 
-        Raises: ValueError for a run of another recipe than its cell's, of several workers or on
-            other samples, for runs of several contents, machines or teachers, and for a teacher of
-            another recipe or below its top-1.
+        Raises: ValueError for a run of another recipe than its cell's, of several workers, on other
+            samples or another machine, for runs of several contents, machines or teachers, and for
+            a teacher of another recipe or below its top-1.
         """
         machines: set[str] = set()
         teachers: set[tuple[str, float]] = set()
@@ -183,7 +185,12 @@ class Blocks:
             if found.teacher is not None:
                 teachers.add(self._teacher(Path(found.teacher.kwargs["weights"])))
             commits |= {*summary["commits"]}
-            machines.add("{cpu}, torch {torch}".format(**summary["hardware"]))
+            machine = "{cpu}, torch {torch}".format(**summary["hardware"])
+            require(
+                self.machine in (None, machine),
+                f"{self.name}: {run.name} must be on {self.machine}; got {machine}",
+            )
+            machines.add(machine)
             block["recipes"][name] = _hash(found)
             block["train_s"][name] = round(summary["train_s"], 1)
             block["cells"][name] = np.packbits(right.is_correct).tobytes().hex()

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from benchmarks import memory_budget as measuring
-from benchmarks.memory_budget import batch_seconds, largest_micro_batches
+from benchmarks.memory_budget import HoldsInput, batch_seconds, fastest, largest_micro_batches
 from pipeline.core.printing import new_console
+from pipeline.forecast.step_counts import FakeBench, count_rule
 from pipeline.recipe import Recipe
 from pipeline.recipe.json import write_json
 from pipeline.train.evaluation import read_predictions
@@ -27,18 +28,19 @@ from recipes.compare.memory_budget import (
     FLASHES,
     SECONDS,
     SETS,
+    STEPS,
     TRAINED_ON,
     Row,
     recipe,
     report,
-    rules,
     shared,
+    sizes_of,
     steps_in,
     study,
     table,
 )
 
-RULES = [*rules("fashion")]
+RULES = [*sizes_of(6)]
 # Micro-batches of 2, 8 and 32 samples of BPTT's; one rule keeps half as much, one too much for 2.
 MICRO = {"BPTT": (2, 8, 32), "SLTT": (4, 16, 16), "OTTT": (0, 8, 32)}
 
@@ -52,6 +54,7 @@ def speeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
             "budget": budget,
             "rule": rule,
             "micro_batch": size,
+            "slice": sizes_of(STEPS[of])[rule][0],
             "bytes": size * 10**5,
             "limit": budget * 10**5,
             **({"seconds": 0.1 + 0.4 / size} if size else {}),
@@ -72,26 +75,58 @@ def speeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_the_largest_micro_batch_divides_the_batch_and_keeps_no_more_than_bptt(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Rules keep made-up bytes a + b B, so the largest B is known."""
-    bytes_of = dict.fromkeys(RULES, (100, 100)) | {"SLTT": (150, 10), "BPTT-truncate": (301, 1)}
-    labels = {spec.build().label: name for name, spec in rules("fashion").items()}
-    monkeypatch.setattr(measuring, "FakeBench", lambda recipe, samples: samples)
+    """Rules keep made-up bytes a + b B beside an input of 3 B, so the largest B is known."""
+    bytes_of = {"SLTT": (150, 7), "BPTT-truncate-3": (301, 1)}
 
-    def count(samples: int, rule: Any) -> Any:
-        fixed, each = bytes_of[labels[rule.build().label]]
-        return SimpleNamespace(all_bytes=fixed + each * samples)
+    def bench(recipe: Recipe, samples: int) -> Any:
+        return SimpleNamespace(samples=samples, batch_bytes=3 * samples)
 
+    def count(bench: Any, rule: Any) -> Any:
+        fixed, each = bytes_of.get(rule.build().label, (100, 97))
+        return SimpleNamespace(all_bytes=fixed + each * bench.samples * rule.kwargs.get("chunk", 1))
+
+    monkeypatch.setattr(measuring, "HoldsInput", bench)
     monkeypatch.setattr(measuring, "count_rule", count)
     cells = largest_micro_batches("fashion")
-    assert [(cell["budget"], cell["rule"]) for cell in cells] == [
-        (budget, rule) for budget in BUDGETS for rule in RULES
+    found = {(cell["budget"], cell["rule"], cell["slice"]): cell for cell in cells}
+    assert [*found] == [
+        (budget, rule, size)
+        for budget in BUDGETS
+        for rule, sizes in sizes_of(6).items()
+        for size in sizes
     ]
-    found = {(cell["budget"], cell["rule"]): cell for cell in cells}
-    assert [found[budget, "BPTT"]["micro_batch"] for budget in BUDGETS] == [2, 8, 32]
-    # (100 + 100 * 2 - 150) / 10 = 15; a divisor of 96 below it is 12.
-    assert [found[budget, "SLTT"]["micro_batch"] for budget in BUDGETS] == [12, 48, 96]
-    assert [found[budget, "BPTT-truncate"]["micro_batch"] for budget in BUDGETS] == [0, 96, 96]
-    assert found[2, "SLTT"]["bytes"] == 270 and found[2, "SLTT"]["limit"] == 300
+    assert [found[budget, "BPTT", 6]["micro_batch"] for budget in BUDGETS] == [2, 8, 32]
+    # (100 + 100 * 2 - 150) / (7 + 3) = 15; a divisor of 96 below it is 12.
+    assert [found[budget, "SLTT", 1]["micro_batch"] for budget in BUDGETS] == [12, 48, 96]
+    assert [found[budget, "SLTT", 6]["micro_batch"] for budget in BUDGETS] == [3, 16, 48]
+    assert [found[budget, "BPTT-truncate", 3]["micro_batch"] for budget in BUDGETS] == [0, 96, 96]
+    assert found[2, "SLTT", 1]["bytes"] == 270 and found[2, "SLTT", 1]["limit"] == 300
+
+
+def test_the_fastest_slice_that_fits_is_taken() -> None:
+    cell = {"set": "fashion", "budget": 2, "rule": "SLTT"}
+    cells = [
+        {**cell, "slice": 1, "micro_batch": 12, "seconds": 0.5},
+        {**cell, "slice": 2, "micro_batch": 6, "seconds": 0.4},
+        {**cell, "slice": 6, "micro_batch": 0},
+        {**cell, "budget": 8, "slice": 1, "micro_batch": 48, "seconds": 0.3},
+        {**cell, "rule": "OTTT", "slice": 1, "micro_batch": 0},
+        {**cell, "rule": "OTTT", "slice": 2, "micro_batch": 0},
+    ]
+    assert fastest(cells) == [cells[1], cells[3], cells[4]]
+
+
+@pytest.mark.parametrize("of", SETS)
+def test_each_rule_holds_its_input_once(of: str) -> None:
+    """BPTT saves the input of all steps itself, SLTT a copy of one step at a time."""
+    made = shared(of, "BPTT", STEPS[of])
+    whole, plain = HoldsInput(made, 6), FakeBench(made, 6)
+    inputs = whole.batch_bytes - whole.target_B.nbytes
+    sizes = sizes_of(STEPS[of])
+    for rule, has_saved_it in {"BPTT": True, "SLTT": of == FASHION}.items():
+        spec = shared(of, rule, sizes[rule][0]).rule
+        without, with_ = (count_rule(bench, spec).all_bytes for bench in (whole, plain))
+        assert with_ - without == has_saved_it * inputs, rule
 
 
 def test_equal_seconds_become_steps(speeds: Any) -> None:
@@ -113,7 +148,7 @@ def test_equal_seconds_become_steps(speeds: Any) -> None:
 
 @pytest.mark.parametrize("of", SETS)
 def test_cells_of_a_set_differ_in_what_is_compared_alone(of: str) -> None:
-    made = [shared(of, rule) for rule in RULES]
+    made = [shared(of, rule, sizes[0]) for rule, sizes in sizes_of(STEPS[of]).items()]
     steps = made[0].time_steps
     for each in made:
         written, other = (x.to_json()["recipe"] for x in (each, made[0]))
@@ -139,7 +174,8 @@ def test_speeds_are_medians_of_rounds_in_turn(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(measuring, "Bench", bench)
     recipes = {
-        rule: replace(shared(FASHION, rule), name=rule, micro_batch=8) for rule in ("BPTT", "SLTT")
+        rule: replace(shared(FASHION, rule, 1), name=rule, micro_batch=8)
+        for rule in ("BPTT", "SLTT")
     }
     found, _ = batch_seconds(torch.device("cpu"), recipes)
     assert found == {rule: {"batch": 8.5} for rule in recipes}  # 2, 4, 8, 16, 32
@@ -148,7 +184,7 @@ def test_speeds_are_medians_of_rounds_in_turn(monkeypatch: pytest.MonkeyPatch) -
     assert calls == [(name, 12) for turn in turns for name in turn]
 
 
-SHARES = {"fashion, BPTT, 2": 0.7, "fashion, SLTT, 4": 0.8}  # of right answers; others .75
+SHARES = {"fashion, BPTT, 2, 6": 0.7, "fashion, SLTT, 4, 1": 0.8}  # right answers; others .75
 
 
 def made_up(folder: Path, seed: int, *, cpu: str = "a cpu") -> dict[str, Path]:
@@ -188,12 +224,14 @@ def test_the_report_of_made_up_runs(
     assert report({}, new_console()) == {"rows": []}
     assert "budget: 0 of 2 seeds have answers." in capsys.readouterr().out
     diverged = {"event": "diverged", "error": "NaN", "time": 0.0, "attempt": 0}
-    journal = tmp_path / "budget-1-flashes-16-4-ottt-32" / "journal.jsonl"
+    journal = tmp_path / "budget-1-flashes-16-4-ottt-32-1" / "journal.jsonl"
     journal.write_text(json.dumps(diverged) + "\n")
     report(runs, new_console())
     out = capsys.readouterr().out
-    assert "budget: seed 1 lacks flashes-16-4, OTTT, 32: it diverged." in out
-    assert "holds no sample" in out and "best form of BPTT" in out
+    assert "budget: seed 1 lacks flashes-16-4, OTTT, 32, 1: it diverged." in out
+    assert "holds no sample" in out and "best of BPTT" in out and "(1 of 2)" in out
+    # Of the planned 120 and 45 seconds runs took 100 and 101.
+    assert "100*" in out and "training took over 5% more or less than planned" in out
     names = {each.name for each in memory_budget.ANSWERS.iterdir()}
     assert names == {"seed-0.json", "seed-1.json"}
     rows = by_cell(table(new_console()))
@@ -204,10 +242,10 @@ def test_the_report_of_made_up_runs(
         return [100 * float(each.mean()) for each in right]
 
     bptt, sltt = rows[FASHION, 2, "BPTT"], rows[FASHION, 2, "SLTT"]
-    assert sltt.top1 == pytest.approx(top1("sltt-4")) and bptt.less is None
+    assert sltt.top1 == pytest.approx(top1("sltt-4-1")) and bptt.is_best
     assert sltt.less is not None
     points, low, high = sltt.less
-    assert points == pytest.approx(np.subtract(top1("sltt-4"), top1("bptt-2")).mean())
+    assert points == pytest.approx(np.subtract(top1("sltt-4-1"), top1("bptt-2-6")).mean())
     assert low < points < high and sltt.train_s == 100.5
     assert sltt.steps == round(SECONDS[FASHION] / 0.2)
     assert rows[FASHION, 2, "OTTT"].top1 == ()
@@ -225,15 +263,18 @@ def test_the_best_form_of_bptt_is_what_others_are_compared_with(
     for budget in (8, 32):
         forms = [rows[FASHION, budget, rule] for rule in ("BPTT", "BPTT-recompute")]
         best = max(forms, key=lambda row: np.mean(row.top1))
-        assert [row.less is None for row in forms] == [row is best for row in forms]
+        assert [row.is_best for row in forms] == [row is best for row in forms]
+        assert {row.less for row in forms} == {None}
         sltt = rows[FASHION, budget, "SLTT"]
         assert sltt.less is not None
         assert sltt.less[0] == pytest.approx(np.subtract(sltt.top1, best.top1).mean())
 
 
 def test_runs_of_another_machine_are_refused(speeds: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="on the machine of the measured speeds, a cpu, torch 2"):
+    with pytest.raises(ValueError, match="must be on a cpu, torch 2; got another cpu, torch 2"):
         report(made_up(tmp_path, 0, cpu="another cpu"), new_console())
+    assert not memory_budget.ANSWERS.exists()
+    report(made_up(tmp_path / "own", 0), new_console())
     with pytest.raises(ValueError, match="measured before the first run"):
         measuring.measure()
 
@@ -246,7 +287,7 @@ def test_the_picture_is_what_the_command_draws(
         measuring.draw(table(new_console()), tmp_path / name)
     drawn = (tmp_path / "one.svg").read_text()
     assert drawn == (tmp_path / "other.svg").read_text()
-    assert all(f">{text}<" in drawn for text in (*MICRO, "0.2", "fashion, 150 s of training"))
+    assert all(f">{text}<" in drawn for text in (*MICRO, "0.2", "fashion, 120 s of training"))
     monkeypatch.undo()
     committed = measuring.DOCS / "budget.svg"
     if committed.exists():
