@@ -1,12 +1,12 @@
 """How the study of SLTT's and OTTT's claims judges what it measures beside its runs."""
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pipeline.core.units import counted
 from pipeline.recipe import BASELINE, is_baseline
-from pipeline.report.claims import Claim, held_to, not_judged, seeds_in_words
+from pipeline.report.claims import Bound, Claim, held_to, not_judged, seeds_in_words
 from pipeline.report.results import Run
 from pipeline.report.study import spread_of
 from pipeline.report.sweeps import fastest_baselines, points_of
@@ -63,8 +63,8 @@ def time_in_turn(
     turns: Mapping[str, Mapping[str, Any]],
     rule: str,
     *,
-    bound: float | Callable[[float], float],
-    published: str,
+    bound: Bound = None,
+    published: str = "",
 ) -> Claim:
     """A rule's time over the faster BPTT's, start by start of rules that took turns, so that the
     drift of a machine drops out.
@@ -72,7 +72,7 @@ def time_in_turn(
     Args:
         turns: fields of InterleavedTimes by rule; without the rule, nothing is judged.
         bound: what ours is held to, or a function of r, the backward over the forward of what is
-            divided by; ours may be a tenth more than its value.
+            divided by; ours may be a tenth more than its value. None: nothing is judged.
     """
     claim = f"forward and backward in turn, of {BASELINE}'s"
     if rule not in turns:
@@ -83,20 +83,21 @@ def time_in_turn(
     }
     base = min(filter(is_baseline, turns), key=lambda each: statistics.fmean(compute[each]))
     of = turns[base]
-    most, limit = held_to(bound, sum(of["backward_s"]) / sum(of["forward_s"]))
     found = spread_of([mine / its for mine, its in zip(compute[rule], compute[base], strict=True)])
     assert found is not None and found.interval is not None, "of several starts"
     low, high = found.interval
     starts, samples = counted(found.runs, "start"), counted(of["samples"], "sample")
     counts = f"{starts} of {of['processes']} at once, {samples} each, {of['backend']}"
+    ours = f"{found.mean:.3f} ({low:.3f} to {high:.3f}) of {base}'s, {counts}, at {of['commit']}"
+    if bound is None:
+        return not_judged(about, claim, published, ours=ours)
+    most, limit = held_to(bound, sum(of["backward_s"]) / sum(of["forward_s"]))
     return Claim(
         about=about,
         claim=claim,
         published=published,
         bound=limit,
-        ours=(
-            f"{found.mean:.3f} ({low:.3f} to {high:.3f}) of {base}'s, {counts}, at {of['commit']}"
-        ),
+        ours=ours,
         holds=found.mean <= most,
         within_noise=low <= most < high,
     )
