@@ -3,7 +3,7 @@ top-1 against the gap between flashes, and what a rule loses against the tempora
 
 Command:  python -m benchmarks.credit_flashes RUNS, of the runs of seed 0: the probes
           python -m benchmarks.credit_flashes, of the answers of the study: the picture
-Result:   probes.json beside the study's answers, and the picture, credit.svg; not measured yet
+Result:   probes.json beside the study's answers, and docs/credit.svg
 """
 
 import sys

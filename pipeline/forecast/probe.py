@@ -25,7 +25,8 @@ from pipeline.recipe import BASELINE, is_baseline
 from pipeline.recipe.recipe import Recipe, Spec
 from pipeline.train.build import check_recipe
 
-# A rule is called safe if its gradient has at least this cosine with BPTT's in every layer.
+# A rule is called safe if its gradient has at least this cosine with BPTT's in every layer. In
+# docs/results.md, "Credit over time", this was right in 10 of 10 decided cells, none in 0.75..0.99.
 SAFE = 0.9
 _UNKNOWN = "BPTT's gradient is 0 or not finite"
 

@@ -10,9 +10,9 @@ Command:  for pair in 8-1 8-2 16-1 16-2 16-4 32-1 32-2 32-4 32-8; do
           python -m recipes.compare.credit_flashes RUNS; python -m benchmarks.credit_flashes
 Source:   set, network and comparison are ours; the rules are of Meng et al. 2023 (SLTT),
           arXiv:2302.14311, and Xiao et al. 2022 (OTTT), arXiv:2210.04195.
-Result:   not trained yet; design: docs/LOG.md, "The design of the study of credit over time".
-
-A block is all cells of one seed (blocks_base.py). credit_flashes_rates.py chose the rates.
+Result:   without the gradient through the membrane 10 of 27 cells of flashes are unsafe, 17 are not
+          decided, and all of Fashion-MNIST are safe; 135 runs, commits 216e051488a8 and
+          0072f7b4883d, AMD EPYC; tables: docs/results.md, "Credit over time"
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ from recipes.fashion.base import fashion
 
 PAIRS = ((8, 1), (8, 2), (16, 1), (16, 2), (16, 4), (32, 1), (32, 2), (32, 4), (32, 8))
 FIXED, LEARNT = spec(LIF, decay=0.9), spec(PLIF, decay=0.5)
-# by label: rule, neuron and learning rate
+# by label: rule, neuron and learning rate, which credit_flashes_rates.py chose
 RULES: dict[str, tuple[Spec, Spec, float]] = {
     "BPTT": (spec(BPTT), FIXED, 0.03),
     "truncated BPTT": (spec(BPTT, truncate=4), FIXED, 0.03),

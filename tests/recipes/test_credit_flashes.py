@@ -211,3 +211,26 @@ def test_the_picture_is_that_of_the_answers(tmp_path: Path) -> None:
         losses = losses_of(right, read_json(credit_flashes.PROBES))
         draw(top1_of(right), losses, tmp_path / "credit.svg")
         assert (tmp_path / "credit.svg").read_text() == committed.read_text()
+
+
+def test_the_page_has_what_the_kept_answers_tell() -> None:
+    _, page = (DOCS / "results.md").read_text().split("## Credit over time")
+    lines = [line for line in page.split("\n## ")[0].splitlines() if line.startswith("| ")]
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    right = STUDY.read(new_console())
+    top1, losses = top1_of(right), losses_of(right, read_json(credit_flashes.PROBES))
+    lost = {(each.name, each.rule): each for each in losses}
+    for name in (*SETS, "fashion"):
+        _, *sizes = name.split("-")
+        words = "T = {}, gap {}".format(*sizes) if sizes else "Fashion-MNIST, T = 4"
+        reached, below = [row[1:] for row in rows if row[0] == words]
+        values = [top1.get((name, rule)) for rule in RULES]
+        assert reached == ["none" if each is None else f"{each:.2f}" for each in values], name
+        found = [lost.get((name, rule)) for rule in RULES if rule != neurons_of(rule)]
+        assert below == [
+            "none"
+            if each is None
+            else f"{each.points:.2f} ({each.low:.2f} to {each.high:.2f}; {each.deviation:.2f}),"
+            f" {each.kind}"
+            for each in found
+        ], name
