@@ -15,6 +15,8 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +92,9 @@ def measure(processes: int = 2) -> None:
 
 
 def fastest(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the cells of a set, budget and rule the fastest one that fits."""
-    by_rule: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for each in cells:
-        key = each["set"], each["budget"], each["rule"]
-        best = by_rule.setdefault(key, each)
-        if each.get("seconds", math.inf) < best.get("seconds", math.inf):
-            by_rule[key] = each
-    return [*by_rule.values()]
+    """Of the cells of a set, budget and rule, which are in a row, the fastest one that fits."""
+    rows = groupby(cells, itemgetter("set", "budget", "rule"))
+    return [min(row, key=lambda each: each.get("seconds", math.inf)) for _, row in rows]
 
 
 def largest_micro_batches(of: str) -> list[dict[str, Any]]:
