@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import groupby
-from operator import itemgetter
+from operator import itemgetter, truediv
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ from recipes.compare.memory_budget import (
     table,
 )
 
-ROUNDS, TIMED = 5, 3  # of the measured speeds: rounds, and batches in each
+TO_CHOOSE, TO_MEASURE = 2, 12  # rounds that choose slices, and that measure their speeds
+TIMED = 2  # batches in each
 
 
 def main() -> None:
@@ -74,20 +75,22 @@ def measure(processes: int = 2) -> None:
         f"{NAME}: speeds must be measured before the first run; got answers in {ANSWERS}",
     )
     cells = [cell for of in SETS for cell in largest_micro_batches(of)]
-    made = {
-        cell_name(cell_of(each)): replace(
-            shared(each["set"], each["rule"], each["slice"]), micro_batch=each["micro_batch"]
-        )
-        for each in cells
-        if each["micro_batch"]
-    }
-    seconds, _ = run_processes(NAME, batch_seconds, made, processes=processes)
-    for each in cells:
-        if each["micro_batch"]:
-            each["seconds"] = round(seconds[cell_name(cell_of(each))]["batch"], 5)
+    for rounds in (TO_CHOOSE, TO_MEASURE):
+        made = {
+            cell_name(cell_of(each)): replace(
+                shared(each["set"], each["rule"], each["slice"]), micro_batch=each["micro_batch"]
+            )
+            for each in cells
+            if each["micro_batch"]
+        }
+        seconds, _ = run_processes(NAME, batch_seconds, made, rounds, processes=processes)
+        for each in cells:
+            if each["micro_batch"]:
+                each["seconds"] = round(seconds[cell_name(cell_of(each))]["batch"], 5)
+        cells = fastest(cells)
     machine = hardware(device_here()) | {"threads": 1}
     found = {"commit": commit(), "machine": machine, "processes": processes}
-    found |= {"cells": fastest(cells)}
+    found |= {"cells": cells}
     write_whole(SPEEDS, (json.dumps(found, indent=1) + "\n").encode())
 
 
@@ -139,20 +142,25 @@ class HoldsInput(FakeBench):
         return network
 
 
-def batch_seconds(device: torch.device, recipes: Mapping[str, Recipe]) -> Timings:
-    """Median seconds of a global batch of each recipe over rounds in which they alternate.
+def batch_seconds(device: torch.device, recipes: Mapping[str, Recipe], rounds: int) -> Timings:
+    """Seconds of a global batch of each recipe, over rounds in which they alternate: the median of
+    its shares of the rounds, times the median length of a round.
 
+    Shares are taken because a shared machine computes at half its speed for minutes at a time.
     Seconds are those of the training loop, optimizer included, without data and collectives.
     """
     benches = {name: Bench(each) for name, each in recipes.items()}
     seconds: dict[str, list[float]] = {name: [] for name in recipes}
-    for name in interleave(recipes, ROUNDS):
+    for name in interleave(recipes, rounds):
         gc.collect()
         each = recipes[name]
         accumulation = each.split(1).accumulation
         parts = benches[name].seconds(each.rule, batches=TIMED, accumulation=accumulation)
         seconds[name].append(sum(parts.values()) - parts["communication"])
-    return {name: {"batch": statistics.median(each)} for name, each in seconds.items()}, {}
+    lengths = [sum(each) for each in zip(*seconds.values(), strict=True)]
+    length = statistics.median(lengths)
+    shares = {name: map(truediv, each, lengths) for name, each in seconds.items()}
+    return {name: {"batch": length * statistics.median(each)} for name, each in shares.items()}, {}
 
 
 def draw(rows: Sequence[Row], out: Path) -> None:
