@@ -257,9 +257,9 @@ def render(rows: Sequence[Row], console: Console) -> None:
     print_table(console, (prose("rule and budget"), *map(number, titles)), cells)
     say(
         console,
-        "Points are above BPTT's best form in the budget, with 95 %. Batches fill the planned seconds"
-        " by speeds that were measured in turn. The column s is of the runs themselves, with loading"
-        " and with what else the machine did.",
+        "Points are above BPTT's best form in the budget, with 95 %. Batches fill the planned"
+        " seconds by speeds that were measured in turn. The column s is of the runs themselves,"
+        " with loading and with what else the machine did.",
     )
 
 
