@@ -53,8 +53,7 @@ from recipes.compare.memory_budget import (
     table,
 )
 
-TO_CHOOSE, TO_MEASURE = 2, 12  # rounds that choose slices, and that measure their speeds
-TIMED = 2  # batches in each
+ROUNDS, TIMED = 12, 2  # of the measured speeds: rounds, and batches in each
 
 
 def main() -> None:
@@ -67,37 +66,44 @@ def main() -> None:
 
 
 def measure(processes: int = 2) -> None:
-    """Write SPEEDS: of each rule in each budget the fastest slice, with the largest micro-batch
-    that fits. As many processes compute at the same time as runs of a launch.
+    """Write SPEEDS: for each rule in each budget its micro-batch and slice, with their speed. As
+    many processes compute at the same time as runs of a launch.
     """
     require(
         not ANSWERS.exists(),
         f"{NAME}: speeds must be measured before the first run; got answers in {ANSWERS}",
     )
-    cells = [cell for of in SETS for cell in largest_micro_batches(of)]
-    for rounds in (TO_CHOOSE, TO_MEASURE):
-        made = {
-            cell_name(cell_of(each)): replace(
-                shared(each["set"], each["rule"], each["slice"]), micro_batch=each["micro_batch"]
-            )
-            for each in cells
-            if each["micro_batch"]
-        }
-        seconds, _ = run_processes(NAME, batch_seconds, made, rounds, processes=processes)
-        for each in cells:
-            if each["micro_batch"]:
-                each["seconds"] = round(seconds[cell_name(cell_of(each))]["batch"], 5)
-        cells = fastest(cells)
+    cells = fewest_slices([cell for of in SETS for cell in largest_micro_batches(of)])
+    made = {
+        cell_name(cell_of(each)): replace(
+            shared(each["set"], each["rule"], each["slice"]), micro_batch=each["micro_batch"]
+        )
+        for each in cells
+        if each["micro_batch"]
+    }
+    seconds, _ = run_processes(NAME, batch_seconds, made, processes=processes)
+    for each in cells:
+        if each["micro_batch"]:
+            each["seconds"] = round(seconds[cell_name(cell_of(each))]["batch"], 5)
     machine = hardware(device_here()) | {"threads": 1}
     found = {"commit": commit(), "machine": machine, "processes": processes}
     found |= {"cells": cells}
     write_whole(SPEEDS, (json.dumps(found, indent=1) + "\n").encode())
 
 
-def fastest(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the cells of a set, budget and rule, which are in a row, the fastest one that fits."""
-    rows = groupby(cells, itemgetter("set", "budget", "rule"))
-    return [min(row, key=lambda each: each.get("seconds", math.inf)) for _, row in rows]
+def fewest_slices(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of the cells of a set, budget and rule, which are in a row, the one that computes a global
+    batch in the fewest slices, where any fits.
+
+    In networks of this size it is the fastest one, or beside it.
+    """
+
+    def slices(cell: dict[str, Any]) -> float:
+        if not cell["micro_batch"]:
+            return math.inf
+        return BATCH // cell["micro_batch"] * (STEPS[cell["set"]] // cell["slice"])
+
+    return [min(row, key=slices) for _, row in groupby(cells, itemgetter("set", "budget", "rule"))]
 
 
 def largest_micro_batches(of: str) -> list[dict[str, Any]]:
@@ -142,8 +148,8 @@ class HoldsInput(FakeBench):
         return network
 
 
-def batch_seconds(device: torch.device, recipes: Mapping[str, Recipe], rounds: int) -> Timings:
-    """Seconds of a global batch of each recipe, over rounds in which they alternate: the median of
+def batch_seconds(device: torch.device, recipes: Mapping[str, Recipe]) -> Timings:
+    """Seconds of a global batch of each recipe over ROUNDS, in which they alternate: the median of
     its shares of the rounds, times the median length of a round.
 
     Shares are taken because a shared machine computes at half its speed for minutes at a time.
@@ -151,7 +157,7 @@ def batch_seconds(device: torch.device, recipes: Mapping[str, Recipe], rounds: i
     """
     benches = {name: Bench(each) for name, each in recipes.items()}
     seconds: dict[str, list[float]] = {name: [] for name in recipes}
-    for name in interleave(recipes, rounds):
+    for name in interleave(recipes, ROUNDS):
         gc.collect()
         each = recipes[name]
         accumulation = each.split(1).accumulation
