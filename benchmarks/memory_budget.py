@@ -95,7 +95,8 @@ def fewest_slices(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Of the cells of a set, budget and rule, which are in a row, the one that computes a global
     batch in the fewest slices, where any fits.
 
-    In networks of this size it is the fastest one, or beside it.
+    Mostly it is the fastest, too (docs/LOG.md); a short measurement does not tell slices apart. Of
+    equals it is the shorter slice, with the larger micro-batch.
     """
 
     def slices(cell: dict[str, Any]) -> float:
@@ -152,7 +153,7 @@ def batch_seconds(device: torch.device, recipes: Mapping[str, Recipe]) -> Timing
     """Seconds of a global batch of each recipe over ROUNDS, in which they alternate: the median of
     its shares of the rounds, times the median length of a round.
 
-    Shares are taken because a shared machine computes at half its speed for minutes at a time.
+    Shares are taken because a shared machine computes at two thirds of its speed for minutes.
     Seconds are those of the training loop, optimizer included, without data and collectives.
     """
     benches = {name: Bench(each) for name, each in recipes.items()}
@@ -185,7 +186,7 @@ def draw(rows: Sequence[Row], out: Path) -> None:
             axes.errorbar(memory_mb, means, spread, marker=marker, capsize=2, label=rule)
         ticks = {row.limit / 1e6: f"{row.limit / 1e6:.1f}\n{row.budget}" for row in of_set}
         axes.set(
-            title=f"{of}, {SECONDS[of]:.0f} s of training",
+            title=f"{of}, {SECONDS[of]:.0f} s of computation",
             xlabel="memory budget, MB (below: samples that BPTT holds)",
             ylabel=f"top-1 of {EVALUATED_ON[of]:,} samples, %",
             xscale="log",

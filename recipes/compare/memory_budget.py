@@ -8,7 +8,8 @@ Command:  spiketrain write fashion --out data/fashion
           spiketrain launch recipes/compare/memory_budget.py --workers 1 --side-by-side 2
           python -m recipes.compare.memory_budget RUNS; python -m benchmarks.memory_budget
 Source:   ours
-Result:   not trained yet; the design is in docs/LOG.md, "The design of the study of memory budgets"
+Result:   seed 0 of five is trained; the design is in docs/LOG.md, "The design of the study of
+          memory budgets", and was amended twice before the first run
 
 A block is all cells of one seed (blocks_base.py). Networks have no batch norm, so neither
 micro-batches nor slices of time change the gradient of a global batch.
@@ -43,7 +44,7 @@ ANSWERS = Path(__file__).with_name("memory_budget_answers")
 SEEDS, BUDGETS = range(5), (2, 8, 32)
 BATCH = 96  # a multiple of each budget
 FASHION, FLASHES = SETS = ("fashion", "flashes-16-4")
-SECONDS = {FASHION: 120.0, FLASHES: 45.0}  # of a run's training
+SECONDS = {FASHION: 120.0, FLASHES: 45.0}  # of a run's training, without loading
 TRAINED_ON = {FASHION: 60_000, FLASHES: 8_000}
 EVALUATED_ON = {FASHION: 10_000, FLASHES: 4_000}
 STEPS = {FASHION: 6, FLASHES: 16}
@@ -251,15 +252,15 @@ def render(rows: Sequence[Row], console: Console) -> None:
     titles = ("MB held", "micro-batch", "slice", "batches", "s", "top-1, %", "points above")
     say(
         console,
-        f"{of}: {SECONDS[of]:.0f} s of training, batches of {BATCH}, {seeds} seeds, in what BPTT"
+        f"{of}: {SECONDS[of]:.0f} s of computation, batches of {BATCH}, {seeds} seeds, in what BPTT"
         f" holds for {', '.join(map(str, BUDGETS))} samples",
     )
     print_table(console, (prose("rule and budget"), *map(number, titles)), cells)
     say(
         console,
         "Points are above BPTT's best form in the budget, with 95 %. Batches fill the planned"
-        " seconds by speeds that were measured in turn. The column s is of the runs themselves,"
-        " with loading and with what else the machine did.",
+        " seconds by speeds that were measured in turn, with an error of some 10 %. The column s is"
+        " of the runs themselves, with loading and with what else the machine did.",
     )
 
 

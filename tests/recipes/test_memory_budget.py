@@ -108,12 +108,15 @@ def test_a_batch_is_computed_in_the_fewest_slices_that_fit() -> None:
     cells = [
         {**cell, "slice": 1, "micro_batch": 12},  # 8 micro-batches of 6 slices
         {**cell, "slice": 3, "micro_batch": 6},  # 16 of 2
-        {**cell, "slice": 6, "micro_batch": 0},
+        {**cell, "slice": 6, "micro_batch": 1},  # 96 of 1
         {**cell, "budget": 8, "slice": 1, "micro_batch": 48},
+        {**cell, "budget": 8, "slice": 6, "micro_batch": 0},
+        {**cell, "budget": 32, "slice": 3, "micro_batch": 2},
+        {**cell, "budget": 32, "slice": 6, "micro_batch": 1},
         {**cell, "rule": "OTTT", "slice": 1, "micro_batch": 0},
         {**cell, "rule": "OTTT", "slice": 2, "micro_batch": 0},
     ]
-    assert fewest_slices(cells) == [cells[1], cells[3], cells[4]]
+    assert fewest_slices(cells) == [cells[1], cells[3], cells[5], cells[7]]
 
 
 @pytest.mark.parametrize("of", SETS)
@@ -169,7 +172,7 @@ def test_speeds_are_shares_of_rounds_in_turn(monkeypatch: pytest.MonkeyPatch) ->
         def seconds(rule: Any, *, batches: int, accumulation: int) -> dict[str, float]:
             calls.append((recipe.name, accumulation))
             turn = sum(name == recipe.name for name, _ in calls)
-            one = {"BPTT": 1.0, "SLTT": 8.0 if turn == 2 else 3.0}[recipe.name]
+            one = {"BPTT": 1.0, "SLTT": 8.0 if turn == 1 else 3.0}[recipe.name]
             return {"forward": one * machine[turn], "optimizer": one, "communication": 100.0}
 
         return SimpleNamespace(seconds=seconds)
@@ -181,8 +184,8 @@ def test_speeds_are_shares_of_rounds_in_turn(monkeypatch: pytest.MonkeyPatch) ->
     }
     monkeypatch.setattr(measuring, "ROUNDS", 5)
     found, _ = batch_seconds(torch.device("cpu"), recipes)
-    # Rounds take 8, 54, 16, 12 and 40, and SLTT three quarters of all but the second.
-    assert found == {"BPTT": {"batch": 4.0}, "SLTT": {"batch": 12.0}}
+    # Rounds take 18, 24, 16, 12 and 40, and SLTT three quarters of all but the first.
+    assert found == {"BPTT": {"batch": 4.5}, "SLTT": {"batch": 13.5}}
     names = [each.name for each in recipes.values()]
     turns = [names, names[::-1], names, names[::-1], names]
     assert calls == [(name, 12) for turn in turns for name in turn]
@@ -290,7 +293,7 @@ def test_the_picture_is_what_the_command_draws(
         measuring.draw(table(new_console()), tmp_path / name)
     drawn = (tmp_path / "one.svg").read_text()
     assert drawn == (tmp_path / "other.svg").read_text()
-    assert all(f">{text}<" in drawn for text in (*MICRO, "0.2", "fashion, 120 s of training"))
+    assert all(f">{text}<" in drawn for text in (*MICRO, "0.2", "fashion, 120 s of computation"))
     monkeypatch.undo()
     committed = measuring.DOCS / "budget.svg"
     if committed.exists():
