@@ -86,8 +86,7 @@ def measure(processes: int = 2) -> None:
         if each["micro_batch"]:
             each["seconds"] = round(seconds[cell_name(cell_of(each))]["batch"], 5)
     machine = hardware(device_here()) | {"threads": 1}
-    found = {"commit": commit(), "machine": machine, "processes": processes}
-    found |= {"cells": cells}
+    found = {"commit": commit(), "machine": machine, "processes": processes, "cells": cells}
     write_whole(SPEEDS, (json.dumps(found, indent=1) + "\n").encode())
 
 
