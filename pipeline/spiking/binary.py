@@ -28,12 +28,6 @@ computation takes 14 ms ("scaled") to 48 ms ("ir"). The synapse itself takes 222
 196 tokens, forward and backward (one core, torch 2.13). For the backward, "scaled" and "learnable"
 keep no tensor of W's size except the parameter. "centred" keeps V, and "ir" keeps V and W - mean W.
 
-An export needs only the signs if a batch norm is the only consumer of the synapse's output
-(`following_norms`). `fold` moves the scale a > 0 into this batch norm, in evaluation mode:
-
-    gain (a z + bias - mean) / sqrt(var + eps) + shift
-        = (a gain) (z + bias / a - mean / a) / sqrt(var + eps) + shift
-
 Source: Rastegari et al. 2016 (XNOR-Net, arXiv 1603.05279) and Liu et al. 2020 (ReActNet, arXiv
 2003.03488) for "scaled"; Le & Li 2023 (BinaryViT, arXiv 2306.16678) for "centred"; Qin et al. 2020
 (IR-Net, arXiv 1909.10788), with the straight-through gradient of Cao et al. 2025 (BESTformer, arXiv
@@ -42,18 +36,13 @@ Source: Rastegari et al. 2016 (XNOR-Net, arXiv 1603.05279) and Liu et al. 2020 (
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pipeline.core.checks import refuse_unless_one_of, require
-from pipeline.spiking.norm import BatchNorm
-from pipeline.spiking.state import fresh_state, set_temporarily, temporary_hooks
 from pipeline.spiking.synapse import Conv2d, Linear
 
 Binarization = Literal["scaled", "centred", "ir", "learnable"]
@@ -206,81 +195,3 @@ def _mean_abs_per_filter(V: Tensor) -> Tensor:
 
 def _broadcast_to_filters(values_O: Tensor, V: Tensor) -> Tensor:
     return values_O.view(-1, *[1] * (V.dim() - 1))
-
-
-# --------------------------------------------------------------- folding the scale into batch norm
-
-# T time, B batch
-
-
-@torch.no_grad()
-def following_norms(
-    network: nn.Module, synapses: Mapping[str, nn.Module], x_TB: Tensor
-) -> dict[str, str]:
-    """The name of the batch norm after each of `synapses`, by the name of the synapse.
-
-    The batch norm is the only consumer of the synapse's output, and has no other input. A synapse
-    without such a batch norm is omitted, also a synapse that does not run.
-
-    The result is found by running `network` on `x_TB`, whose values do not matter. Every operation
-    on an output is a consumer.
-    """
-    consumers, modules = _Consumers(), dict(network.named_modules())
-    hooks = [
-        module.register_forward_hook(partial(consumers.record_output, name))
-        for name, module in synapses.items()
-    ]
-    for name, module in modules.items():
-        if isinstance(module, BatchNorm):
-            hooks.append(module.register_forward_pre_hook(partial(consumers.enter_norm, name)))
-            hooks.append(module.register_forward_hook(consumers.leave_norm))
-    evaluation_mode = set_temporarily(modules.values(), "training", False)
-    with evaluation_mode, fresh_state(network), temporary_hooks(hooks), consumers:
-        network(x_TB)
-    norm_of_synapse = {}
-    for name in synapses:
-        norms = [norm for synapse, norm in consumers.uses if synapse == name]
-        inputs = [synapse for synapse, norm in consumers.uses if [norm] == norms]
-        if norms != [None] and inputs == [name]:
-            norm_of_synapse[name] = norms[0]
-    return norm_of_synapse
-
-
-def fold(scale_O: Tensor, bias_O: Tensor | None, norm: BatchNorm) -> None:
-    """Move the scales `scale_O` > 0 of a weight into `norm`, and into the synapse's bias."""
-    with torch.no_grad():
-        norm.weight.copy_(norm.weight.double() * scale_O)
-        norm.running_mean.copy_(norm.running_mean.double() / scale_O)
-        if bias_O is not None:
-            bias_O.copy_(bias_O.double() / scale_O)
-
-
-class _Consumers(TorchDispatchMode):
-    """Records `uses`: pairs of a synapse and the batch norm that consumes its output, as names.
-
-    The batch norm is None for another consumer. The synapse is None for another input of a batch
-    norm.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        # The dictionary keeps the tensors alive, so that no other tensor gets the id of an output.
-        self.outputs: dict[int, tuple[str, Tensor]] = {}
-        self.running_norm: str | None = None
-        self.uses: set[tuple[str | None, str | None]] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for argument in tree_leaves((args, kwargs)):
-            if id(argument) in self.outputs:
-                self.uses.add((self.outputs[id(argument)][0], self.running_norm))
-        return func(*args, **(kwargs or {}))
-
-    def record_output(self, name: str, _: nn.Module, __: Any, y_TB: Tensor) -> None:
-        self.outputs[id(y_TB)] = (name, y_TB)
-
-    def enter_norm(self, name: str, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        self.running_norm = name
-        self.uses.add((self.outputs.get(id(inputs[0]), (None,))[0], name))
-
-    def leave_norm(self, *_: Any) -> None:
-        self.running_norm = None

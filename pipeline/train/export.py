@@ -15,20 +15,16 @@ A safetensors file describes the network, and `load` reads it:
     "packed"    the same, but these tensors replace the latent weights of each 1-bit synapse X:
                     X.bits     uint8 [ceil(numel / 8)], 1 for +: 8 signs to a byte, the first in
                                the lowest bit
-                    X.scale    [out]; absent if X has no scale, or if it is folded into the batch
-                               norm directly behind X (`spiking/binary.py`)
+                    X.scale    [out]; absent if X has no scale
 
 The metadata contain the format, the version, the layout, the recipe's `model` as JSON, its
 `time_steps`, the names of its classes and how pictures become its input (`pretrained`, see
 data/pictures.py), the folders of the user's own code of the model (`code`, see own_code.py), and
 the sha256 of the other metadata and the tensors.
 
-A packed network computes the same as the trained one up to rounding, because folding changes the
-rounding. Rounding may change a spike if a potential and its threshold differ only in the last bits.
-Another batch size or another machine may also change such a spike.
+A packed network computes the same bits as the trained one.
 """
 
-import copy
 import hashlib
 import io
 import json
@@ -54,15 +50,7 @@ from pipeline.models.program import to_program
 from pipeline.recipe import own_code
 from pipeline.recipe.json import decode, encode, targets
 from pipeline.recipe.recipe import TRUSTED, Recipe, Spec
-from pipeline.spiking.binary import (
-    MIN_SCALE,
-    Binarizer,
-    binary_synapses,
-    fold,
-    following_norms,
-    unbinarize,
-)
-from pipeline.spiking.encode import to_time_first
+from pipeline.spiking.binary import Binarizer, binary_synapses, unbinarize
 from pipeline.train.tasks import tasks_of
 from pipeline.train.weights import load_run, pretrained
 
@@ -77,11 +65,10 @@ class ExportedFile:
     file: Path
     loader: str  # what loads the file
     parameters: int
-    # the next four: of a packed network
+    # the next three: of a packed network
     plain_bytes: int = 0  # size of the tensors before packing
     bit_parameters: int = 0
     bit_synapses: int = 0
-    folded_synapses: int = 0  # whose scales are folded into a norm
     trust: tuple[str, ...] = ()  # the user's own packages that the network needs
 
     def __str__(self) -> str:
@@ -90,8 +77,7 @@ class ExportedFile:
             content = (
                 f" (unpacked {self.plain_bytes / 1e6:.4g} MB); {self.bit_parameters:,} of"
                 f" {self.parameters:,} parameters are bits, in"
-                f" {counted(self.bit_synapses, 'synapse')}; the scales of"
-                f" {self.folded_synapses} of them are folded into the next norm"
+                f" {counted(self.bit_synapses, 'synapse')}"
             )
         trust = f", trust={list(self.trust)}" if self.trust else ""
         return (
@@ -134,15 +120,11 @@ def export_run(
             "export: --format packed needs 1-bit weights, and the network has none; omit it, or"
             " train a model of spec(binarized, ...) (pipeline/models/transforms.py)",
         )
-        task = tasks_of(recipe)[0]
-        task.choose_head(network)
-        zeros_TB = to_time_first(torch.zeros(1, *task.data.shape), recipe.time_steps)
-        state, folded = pack(network, following_norms(network, synapses, zeros_TB))
+        state = pack(network)
         packed = {
             "plain_bytes": sum(value.nbytes for value in network.state_dict().values()),
             "bit_parameters": sum(synapse.weight.numel() for synapse in synapses.values()),
             "bit_synapses": len(synapses),
-            "folded_synapses": folded,
         }
     tensors = {name: value.detach().contiguous().clone() for name, value in state.items()}
     model = encode(recipe.model, paths=True)
@@ -314,26 +296,21 @@ def load(
     return load_run(run, which=which, trust=trust)
 
 
-def pack(network: nn.Module, norms: Mapping[str, str]) -> tuple[dict[str, Tensor], int]:
-    """The packed tensors of `network`, and the number of synapses whose scales are folded into a
-    norm. `norms`: the name of the norm directly behind a synapse, by the name of the synapse.
+def pack(network: nn.Module) -> dict[str, Tensor]:
+    """The `state_dict` of `network`, with bits and scales instead of the 1-bit synapses' latent
+    weights.
     """
-    network = copy.deepcopy(network)
-    packed, latent, folded = {}, set(), 0
+    state = network.state_dict()
     for name, synapse in binary_synapses(network).items():
         assert isinstance(synapse.binarizer, Binarizer)
         is_positive, scale_O = synapse.binarizer.split(synapse.weight)
         bits = np.packbits(is_positive.flatten().numpy(), bitorder="little")
-        packed[f"{name}.bits"] = torch.from_numpy(bits)
-        latent |= {f"{name}.weight", f"{name}.binarizer.scale"}
-        if scale_O is not None and name in norms and scale_O.min() >= MIN_SCALE:
-            norm: Any = network.get_submodule(norms[name])
-            fold(scale_O, synapse.bias, norm)
-            folded += 1
-        elif scale_O is not None:
-            packed[f"{name}.scale"] = scale_O
-    plain = {key: value for key, value in network.state_dict().items() if key not in latent}
-    return plain | packed, folded
+        del state[f"{name}.weight"]
+        state.pop(f"{name}.binarizer.scale", None)
+        state[f"{name}.bits"] = torch.from_numpy(bits)
+        if scale_O is not None:
+            state[f"{name}.scale"] = scale_O
+    return state
 
 
 def unpack(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
