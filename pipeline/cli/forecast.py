@@ -28,10 +28,8 @@ from pipeline.recipe.recipe import Recipe
 from pipeline.recipe.suite import Suite
 
 NodeGbps = Annotated[
-    float | None,
-    number_option(
-        "--node-gbps", min=0.001, max=1e6, help="bandwidth between nodes, in Gb/s; default: 400"
-    ),
+    float,
+    number_option("--node-gbps", min=0.001, max=1e6, help="bandwidth between nodes, in Gb/s"),
 ]
 Price = Annotated[
     float | None,
@@ -181,50 +179,33 @@ def sweep(
 )
 def plan(
     recipe: RecipeFile,
+    device: Annotated[str, typer.Option("--device", metavar="CARD", help="a GPU such as h100")],
     workers: Workers = 1,
-    device: Annotated[
-        str,
-        typer.Option(
-            "--device", metavar="here|CARD", help="machines like this one, or a GPU such as h100"
-        ),
-    ] = "here",
-    per_node: Annotated[
-        int | None, typer.Option("--per-node", min=1, help="GPUs per node; default: 8")
-    ] = None,
-    node_gbps: NodeGbps = None,
-    cpus_per_worker: Cores = "auto",
+    per_node: Annotated[int, typer.Option("--per-node", min=1, help="GPUs per node")] = 8,
+    node_gbps: NodeGbps = 400.0,
     price: Price = None,
     samples: Samples = None,
     format_: Format = "table",
     changes: Sets = [],  # noqa: B006
     tiny: Tiny = False,
 ) -> None:
-    """Predict memory, hours and energy of each rule on other machines.
+    """Predict memory, hours and energy of each rule on GPUs of a type.
 
     The operations of a full-size step are counted without running it, so neither a GPU nor the data
-    are needed. With --device here, small batches are timed as well. Recipes of one file that differ
-    only in their rules share a table.
+    are needed. Recipes of one file that differ only in their rules share a table.
     """
     workload = load_changed(recipe, changes, tiny)
     from pipeline.forecast.plan import DEVICES, Cluster, plan_inputs
     from pipeline.forecast.plan import plan as plan_recipe
     from pipeline.report.forecasts import plan_to_json, print_plan
 
-    require(
-        device == "here" or device in DEVICES,
-        f"plan: --device must be one of here, {', '.join(DEVICES)}; got {device}",
-    )
-    require(
-        device != "here" or (per_node, node_gbps) == (None, None),
-        "plan: --per-node and --node-gbps need a GPU as --device; got --device here",
-    )
+    require(device in DEVICES, f"plan: --device must be one of {', '.join(DEVICES)}; got {device}")
     cluster = Cluster(
         workers=workers,
-        device=DEVICES.get(device),
-        per_node=per_node or 8,
-        node_link=(node_gbps or 400.0) * 1e9 / 8,
+        device=DEVICES[device],
+        per_node=per_node,
+        node_link=node_gbps * 1e9 / 8,
         price=price,
-        threads=_threads(cpus_per_worker),
     )
     predict = partial(plan_recipe, cluster=cluster, samples=samples)
     as_json = format_ == "json"

@@ -1,4 +1,4 @@
-"""Predicts each rule's memory and time on GPUs of a known type, or on machines like this one.
+"""Predicts each rule's memory and time on GPUs of a known type.
 
     step = compute + teacher + communication + optimizer
 
@@ -10,16 +10,6 @@ all kernels. The roofline has no caches: each kernel reads the previous kernel's
 memory. Kernels that fuse several operations are faster.
 
     roofline = sum over operations of max(flops / peak flops, bytes / peak bandwidth)
-
-For machines like this one, small batches of every rule are timed, with the recipe's own backend and
-as many processes as workers. The seconds per batch grow linearly with the samples, so two sizes
-determine the line. With the timed sizes a < b, the micro-batch B and the seconds t:
-
-    t(B) = t(b) + (t(b) - t(a)) / (b - a) (B - b)
-
-Both sizes are small, because the operations of `b` samples are limited. If `b` is 1, only that size
-is timed, and its seconds are multiplied by B. The teacher is timed at the same sizes, in one
-process.
 
 DeepSpeed 0.19.8 holds and moves the following bytes, for parameters P, gradients G and optimizer
 state O on a ring of N workers with n backward calls per batch:
@@ -37,30 +27,25 @@ Source: Williams, Waterman & Patterson 2009 (doi 10.1145/1498765.1498785) for th
 
 # N workers, T time steps
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-import torch
-
 from pipeline.core.checks import require
 from pipeline.core.stages import say_stage
-from pipeline.core.torch_settings import Precision, check_precision
+from pipeline.core.torch_settings import Precision
 from pipeline.core.units import counted
 from pipeline.data.base import DataError
 from pipeline.forecast.bench import (
     RESERVE,
     RULES,
-    measure_teacher,
     rules_by_label,
     samples_per_epoch,
     step_inputs,
     untrained_teacher,
 )
-from pipeline.forecast.rule_timing import rule_seconds, run_processes
 from pipeline.forecast.step_counts import (
     Counts,
     FakeBench,
@@ -70,19 +55,11 @@ from pipeline.forecast.step_counts import (
     count_rule,
     count_teacher,
 )
-from pipeline.measure.memory import device_here, format_hardware, free_bytes, hardware
 from pipeline.measure.saved_bytes import storage_bytes
 from pipeline.models.teachers.base import Teacher
 from pipeline.recipe.json import encode
 from pipeline.recipe.recipe import Recipe, Spec
-from pipeline.train.backend.collectives import group_of_one
 from pipeline.train.build import check_recipe
-
-# Maximum floating-point operations of a timed batch, unless one sample has more.
-LIMIT = {"cpu": 3e9, "cuda": 3e12}
-# Minimum and maximum number of timed batches of a rule and size. Between them, the batches together
-# have at most 10 LIMIT operations.
-TIMED = (3, 50)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,14 +135,13 @@ DEVICES = {
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """The machines that a plan is made for."""
+    """The cards that a plan is made for: one for each worker."""
 
     workers: int
-    device: Device | None = None  # None: machines like this one
+    device: Device
     per_node: int = 8
     node_link: float = 50e9  # between nodes, in bytes per second and direction; 400 Gb/s
     price: float | None = None  # of one worker for one hour
-    threads: int = 1  # per worker, on a machine like this one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +167,7 @@ class Planned:
     images_per_s: float
     # of training, without evaluations; None if the samples per epoch are unknown:
     hours: float | None
-    kwh: float | None  # also None on machines like this one
+    kwh: float | None
     cost: float | None  # also None without a price
 
     @property
@@ -205,13 +181,11 @@ class Plan:
 
     recipe: str
     cluster: Cluster
-    device: str  # the name of the card, or the hardware of this machine
-    timed: tuple[int, ...]  # sizes in samples of the batches timed here; empty for a card
     samples: int | None  # per epoch; None if the data are not here and the user set no number
     teacher: str | None  # the teacher; its time and bytes are part of every rule's figures
     teacher_bytes: int
     rules: tuple[Planned, ...]
-    refused: Mapping[str, str]  # by rule: why it cannot train or be timed, or does not fit
+    refused: Mapping[str, str]  # by rule: why it cannot train, or does not fit
 
 
 def plan(
@@ -222,9 +196,8 @@ def plan(
     `samples`: per epoch. None: the number in the data, if the data are here.
 
     Raises:
-        ValueError: the recipe contradicts itself or has phases, the device does not support the
-            precision of the recipe or of its teacher, an epoch has no whole batch, this machine has
-            too few cores or cards for the workers, or a timing process failed.
+        ValueError: the recipe contradicts itself or has phases, the card does not support the
+            precision of the recipe or of its teacher, or an epoch has no whole batch.
     """
     say_stage("building the network")
     check_recipe(recipe.with_untrained_teacher(), cluster.workers)
@@ -246,21 +219,13 @@ def plan(
             fits[label] = planner.fit(rule)
         except ValueError as error:
             refused[label] = str(error)
-    timed, seconds = (), {}
-    if cluster.device is not None:
-        seconds = {label: planner.seconds_on(cluster.device, fit) for label, fit in fits.items()}
-    elif fits:
-        timed, seconds, untimed = planner.seconds_here(fits)
-        refused |= untimed
     return Plan(
         recipe=recipe.name,
         cluster=cluster,
-        device=planner.device,
-        timed=timed,
         samples=samples,
         teacher=None if planner.teacher is None else planner.teacher.label,
         teacher_bytes=planner.teacher_bytes,
-        rules=tuple(planner.planned(fits[label], each, samples) for label, each in seconds.items()),
+        rules=tuple(planner.planned(fit, samples) for fit in fits.values()),
         refused=refused,
     )
 
@@ -284,24 +249,10 @@ def _check(recipe: Recipe, cluster: Cluster) -> None:
         not recipe.phases,
         f"plan: the recipe must be of one task; got {counted(len(recipe.phases), 'phase')}",
     )
-    if (card := cluster.device) is not None:
-        require(
-            recipe.precision in card.flops,
-            f"plan: {card.name}: precision must be {', '.join(card.flops)}; got {recipe.precision}",
-        )
-        return
-    check_precision("recipe", recipe.precision, device_here())
-    if device_here().type == "cuda":
-        needs = "a GPU"
-        available = maximum = torch.cuda.device_count()
-    else:
-        needs = counted(cluster.threads, "logical core")
-        available = len(os.sched_getaffinity(0))
-        maximum = available // cluster.threads
+    card = cluster.device
     require(
-        cluster.workers <= maximum,
-        f"plan: each worker needs {needs}; machines like this one have {available}; got"
-        f" {counted(cluster.workers, 'worker')}: reduce them, or name a GPU with --device",
+        recipe.precision in card.flops,
+        f"plan: {card.name}: precision must be {', '.join(card.flops)}; got {recipe.precision}",
     )
 
 
@@ -319,10 +270,7 @@ class _Fit:
 
 
 class _Planner:
-    """Plans each rule. It holds the values that all rules share.
-
-    Seconds per batch are keyed by the names of fields of `Planned`.
-    """
+    """Plans each rule. It holds the values that all rules share."""
 
     def __init__(self, recipe: Recipe, cluster: Cluster) -> None:
         self.recipe, self.cluster = recipe, cluster
@@ -339,29 +287,24 @@ class _Planner:
             self.teacher_bytes = storage_bytes(
                 (*self.teacher.parameters(), *self.teacher.buffers())
             )
-        if (card := cluster.device) is None:
-            here = device_here()
-            memory = free_bytes(here) // (cluster.workers if here.type == "cpu" else 1)
-            self.device = format_hardware(hardware(here))
-        else:
-            memory, self.device = card.memory, card.name
-            if self.teacher is not None:
-                require(
-                    self.teacher.precision in card.flops,
-                    f"plan: {card.name}: the teacher's precision must be {', '.join(card.flops)};"
-                    f" got {self.teacher.precision}",
-                )
-        self.usable_bytes = (1 - RESERVE) * memory
+            card = cluster.device
+            require(
+                self.teacher.precision in card.flops,
+                f"plan: {card.name}: the teacher's precision must be {', '.join(card.flops)}; got"
+                f" {self.teacher.precision}",
+            )
+        self.usable_bytes = (1 - RESERVE) * cluster.device.memory
 
-    def planned(self, fit: _Fit, seconds: Mapping[str, float], samples: int | None) -> Planned:
+    def planned(self, fit: _Fit, samples: int | None) -> Planned:
         recipe, cluster, counts = self.recipe, self.cluster, fit.counts
+        seconds = self._seconds(fit)
         step_s = sum(seconds.values())
         hours = kwh = cost = None
         if samples is not None:
             steps = samples // recipe.batch_size * recipe.epochs
             hours = min(steps, recipe.stop_after or steps) * step_s / 3600
             worker_hours = hours * cluster.workers
-            kwh = None if cluster.device is None else cluster.device.watts * worker_hours / 1e3
+            kwh = cluster.device.watts * worker_hours / 1e3
             cost = None if cluster.price is None else cluster.price * worker_hours
         return Planned(
             rule=counts.rule,
@@ -384,14 +327,15 @@ class _Planner:
 
     # ------------------------------------------------------------------------------------- seconds
 
-    def seconds_on(self, card: Device, fit: _Fit) -> dict[str, float]:
-        """Seconds per batch by a card's data sheet."""
+    def _seconds(self, fit: _Fit) -> dict[str, float]:
+        """Seconds per batch by the card's data sheet, by the names of fields of `Planned`."""
+        teacher, cluster = self.teacher, self.cluster
+        card = cluster.device
 
         def seconds(kernel_log: KernelLog, precision: Precision) -> float:
             busy_s = card.busy_s(kernel_log.operations, precision) / card.efficiency
             return max(busy_s, kernel_log.kernels * card.launch) * fit.accumulation
 
-        teacher, cluster = self.teacher, self.cluster
         # A ring of cards is as fast as its slowest link.
         link = card.link
         if cluster.workers > cluster.per_node:
@@ -405,77 +349,6 @@ class _Planner:
             else seconds(self.teacher_log(teacher, fit.micro_batch), teacher.precision),
             "communication_s": fit.updates * self._sent_bytes(fit.zero, fit.backward_calls) / link,
             "optimizer_s": fit.updates * optimizer_s / card.efficiency,
-        }
-
-    def seconds_here(
-        self, fits: Mapping[str, _Fit]
-    ) -> tuple[tuple[int, ...], dict[str, dict[str, float]], dict[str, str]]:
-        """Time small batches here, and extrapolate to the seconds per batch of each rule.
-
-        Returns the sizes of the timed batches, the seconds by rule, and the reasons why other rules
-        could not be timed.
-
-        Raises: ValueError if a process failed.
-        """
-        here, workers, threads = device_here(), self.cluster.workers, self.cluster.threads
-        sizes, batches = self._timed_sizes(fits.values())
-        rules = {label: fit.rule for label, fit in fits.items()}
-        measure = partial(rule_seconds, rounds=1, batches=batches, needs_data=False)
-        measured: list[Mapping[str, Mapping[str, float]]] = []
-        teacher_seconds: list[float] = []
-        refused: dict[str, str] = {}
-        for size in sizes:
-            say_stage(f"timing batches of {counted(size, 'sample')} with {', '.join(rules)}")
-            arguments = self.recipe, rules, size, threads
-            if workers == 1:
-                with group_of_one(here.type):
-                    seconds, reasons = measure(here, *arguments)
-            else:
-                seconds, reasons = run_processes("plan", measure, *arguments, processes=workers)
-            measured.append(seconds)
-            refused |= reasons
-            x_B = torch.rand(size, *self.bench(self.micro_batch).x_B.shape[1:], device=here)
-            teacher = measure_teacher(self.recipe, x_B)
-            teacher_seconds.append(0.0 if teacher is None else teacher.seconds)
-        return (
-            sizes,
-            {
-                label: self._extrapolated(
-                    fit, sizes, [each[label] for each in measured], teacher_seconds
-                )
-                for label, fit in fits.items()
-                if label not in refused
-            },
-            refused,
-        )
-
-    def _timed_sizes(self, fits: Iterable[_Fit]) -> tuple[tuple[int, ...], int]:
-        """Samples of the timed batches, and the number of batches."""
-        per_sample = max(1, *(fit.counts.kernel_log.flops / fit.micro_batch for fit in fits))
-        limit = LIMIT[device_here().type]
-        large = min(max(1, int(limit // per_sample)), self.micro_batch)
-        batches = int(10 * limit / (large * per_sample))
-        return tuple(sorted({max(1, large // 4), large})), min(max(TIMED[0], batches), TIMED[1])
-
-    def _extrapolated(
-        self,
-        fit: _Fit,
-        sizes: Sequence[int],
-        measured: Sequence[Mapping[str, float]],
-        teacher: Sequence[float],
-    ) -> dict[str, float]:
-        compute = [each["forward"] + each["backward"] + each["loop"] for each in measured]
-        # A timed step has one micro-batch, so its update has the backward calls of one micro-batch.
-        timed_calls = fit.backward_calls // fit.accumulation if fit.updates == 1 else 1
-        timed_bytes = self._sent_bytes(self.recipe.zero, timed_calls)
-        bytes_ratio = (
-            self._sent_bytes(fit.zero, fit.backward_calls) / timed_bytes if timed_bytes else 1.0
-        )
-        return {
-            "compute_s": _seconds_at(fit.micro_batch, sizes, compute) * fit.accumulation,
-            "teacher_s": _seconds_at(fit.micro_batch, sizes, teacher) * fit.accumulation,
-            "communication_s": measured[-1]["communication"] * bytes_ratio,
-            "optimizer_s": measured[-1]["optimizer"],
         }
 
     # ------------------------------------------------------------------------------- bytes, by ZeRO
@@ -545,15 +418,3 @@ class _Planner:
         gathered = self.held.parameters / 2 if zero else 0
         workers = self.cluster.workers
         return 2 * (workers - 1) / workers * (gradients + gathered)
-
-
-def _seconds_at(samples: int, sizes: Sequence[int], seconds: Sequence[float]) -> float:
-    """Seconds of a batch of `samples`, from the seconds of one or two sizes.
-
-    With one size, the seconds are proportional to the samples. With two sizes, they lie on the line
-    through both, whose slope is not negative.
-    """
-    per_sample = seconds[0] / sizes[0]
-    if len(sizes) == 2:
-        per_sample = max(0.0, (seconds[1] - seconds[0]) / (sizes[1] - sizes[0]))
-    return seconds[-1] + per_sample * (samples - sizes[-1])

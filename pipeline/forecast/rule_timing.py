@@ -24,7 +24,7 @@ from torch import distributed, multiprocessing
 
 from pipeline.core.checks import require
 from pipeline.core.code_version import commit
-from pipeline.forecast.bench import TIMED, Bench, in_turns, rules_by_label
+from pipeline.forecast.bench import Bench, in_turns, rules_by_label
 from pipeline.measure.clock import synchronize
 from pipeline.measure.memory import device_here
 from pipeline.recipe.recipe import Recipe, Spec
@@ -104,29 +104,22 @@ def rule_seconds(
     rules: Mapping[str, Spec],
     samples: int,
     threads: int,
-    *,
-    rounds: int | None = None,
-    batches: int = TIMED,
-    needs_data: bool = True,
 ) -> Timings:
     """Measure `Bench.seconds` of each rule in every round, and average over rounds. Collective.
 
-    Args:
-        rounds: number of rounds; None: as many as there are rules.
-        batches: timed batches per rule and round.
-        needs_data: see `Bench`.
+    There are as many rounds as rules.
 
     Raises: as `Bench`.
     """
-    bench = Bench(recipe, batch_size=samples, threads=threads, needs_data=needs_data)
+    bench = Bench(recipe, batch_size=samples, threads=threads)
 
     def measure(rule: Spec) -> dict[str, float]:
         # An engine of DeepSpeed is in a reference cycle, and would stay in memory.
         gc.collect()
         _wait_for_all(device)
-        return bench.seconds(rule, batches=batches)  # raises on every rank, or on none
+        return bench.seconds(rule)  # raises on every rank, or on none
 
-    seconds, refused = in_turns(rules, measure, rounds or len(rules))
+    seconds, refused = in_turns(rules, measure, len(rules))
     return {label: _mean_of_parts(each) for label, each in seconds.items()}, refused
 
 

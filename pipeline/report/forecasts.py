@@ -423,7 +423,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
 def basis(plan: Plan) -> str:
     """Name the sources of the figures, and the costs that they exclude."""
     cluster = plan.cluster
-    card, workers = cluster.device, cluster.workers
+    card = cluster.device
     text = (
         "The columns saved, TFLOP and kernels are for one micro-batch. They are counted for a CPU"
         " at full size, without running the batch."
@@ -431,22 +431,14 @@ def basis(plan: Plan) -> str:
     for planned in plan.rules:
         if planned.forecast_note:
             text += f" {planned.rule} is counted {planned.forecast_note}."
-    if card is None:
-        workers_text = f" by {workers} workers at the same time" if workers > 1 else ""
-        text += (
-            " Seconds are extrapolated linearly from batches of"
-            f" {' and '.join(map(str, plan.timed))} samples, trained{workers_text} on this machine"
-            f" ({plan.device})."
-        )
-    else:
-        text += (
-            f" {card.name}: roofline model at {card.efficiency:.0%} ({card.source})."
-            " Collectives (comm.) run at the bandwidth of the links, without latency:"
-            f" {card.link / 1e9:.0f} GB/s between cards"
-        )
-        if workers > cluster.per_node:
-            text += f", {cluster.node_link * 8 / 1e9:.0f} Gb/s between nodes"
-        text += ". kWh assume the rated power of the cards all the time, without hosts."
+    text += (
+        f" {card.name}: roofline model at {card.efficiency:.0%} ({card.source})."
+        " Collectives (comm.) run at the bandwidth of the links, without latency:"
+        f" {card.link / 1e9:.0f} GB/s between cards"
+    )
+    if cluster.workers > cluster.per_node:
+        text += f", {cluster.node_link * 8 / 1e9:.0f} Gb/s between nodes"
+    text += ". kWh assume the rated power of the cards all the time, without hosts."
     text += f" {RESERVE:.0%} of the memory is left free. No step waits for data."
     if plan.samples is None:
         text += " Hours need --samples, because the data set is not on this machine."
