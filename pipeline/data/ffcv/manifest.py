@@ -157,19 +157,6 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def content_of(path: Path, classes: list[str]) -> str:
-    """Compute the content hash from the samples of a complete file."""
-    tables, file = beton.read_tables(path), np.memmap(path, np.uint8, "r")
-    content = ContentHash(classes, tables.kind)
-    names = ("mode", "width", "height") if isinstance(tables.kind, Images) else ()
-    for record, address, label, size in zip(
-        tables.records, tables.addresses, tables.labels, tables.sizes, strict=True
-    ):
-        attributes = {name: record[name] for name in names}
-        content.add(file[address : address + size].data, label=label, **attributes)
-    return content.hexdigest()
-
-
 def xxh3(path: Path, offset: int, length: int) -> str:
     """The xxh3-64 of a part of a file. Bytes beyond the end of the file are ignored."""
     digest, end = xxhash.xxh3_64(), offset + length

@@ -54,7 +54,7 @@ def check_file(path: Path) -> Manifest:
 
 
 def verify(path: Path) -> list[Manifest]:
-    """Compare files with their manifests: regions, pages, sha256 and content hash.
+    """Compare files with their manifests: all regions and pages, so every byte.
 
     `path`: a .beton, or a folder of them.
 
@@ -63,19 +63,10 @@ def verify(path: Path) -> list[Manifest]:
             file and the difference.
         OSError: the storage is unreachable.
     """
-    path, verified = Path(path), []
+    path = Path(path)
     files = sorted(path.glob("*.beton")) if path.is_dir() else [path]
     require_data(files, f"verify: no .beton in {path.absolute()}")
-    for file in files:
-        manifest = check_file(file)
-        expected = f"sha256 {manifest.sha256}, content hash {manifest.content}"
-        got = (
-            f"sha256 {manifests.sha256_of(file)},"
-            f" content hash {manifests.content_of(file, manifest.classes)}"
-        )
-        require_data(got == expected, f"verify: {file} must have {expected}; got {got}")
-        verified.append(manifest)
-    return verified
+    return [check_file(file) for file in files]
 
 
 class SpotCheck:
