@@ -499,7 +499,9 @@ main()
 
 @pytest.mark.full
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("words", ["plan RECIPE", "probe RECIPE", "sweep RECIPE --steps 2"])
+@pytest.mark.parametrize(
+    "words", ["plan RECIPE --device h100", "probe RECIPE", "sweep RECIPE --steps 2"]
+)
 def test_json_is_all_that_is_on_stdout(words: str, tmp_path: Path) -> None:
     (file := tmp_path / "one.py").write_text(
         "from tests.helpers.small import small_recipe\n\n"
@@ -515,6 +517,4 @@ def test_json_is_all_that_is_on_stdout(words: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)
-    assert ("[WARNING] no nvcc" in done.stderr) == words.startswith("plan"), (
-        "only plan asks the recipe's own backend"
-    )
+    assert "[WARNING] no nvcc" not in done.stderr, "no forecast imports DeepSpeed"

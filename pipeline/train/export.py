@@ -22,7 +22,7 @@ The metadata contain the format, the version, the layout, the recipe's `model` a
 data/pictures.py), the folders of the user's own code of the model (`code`, see own_code.py), and
 the sha256 of the other metadata and the tensors.
 
-A packed network computes the same bits as the trained one.
+A packed network computes the same bits as the run's network on a CPU.
 """
 
 import hashlib

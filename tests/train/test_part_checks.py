@@ -290,7 +290,7 @@ def test_a_batch_of_ones_own_is_tried_before_a_launch(kind: str, said: str) -> N
         "show",
         "probe",
         "sweep",
-        "plan",
+        "plan --device h100",
         "launch --trust tests --runs RUNS",
         "evaluate --weights WEIGHTS",
     ],

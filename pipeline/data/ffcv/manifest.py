@@ -31,7 +31,7 @@ class Manifest:
 
     file: str  # name without the folder
     bytes: int
-    sha256: str  # of the file
+    sha256: str  # of the file, for `sha256sum`
     content: str  # see `ContentHash`
     samples: int
     classes: list[str]

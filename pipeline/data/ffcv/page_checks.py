@@ -63,7 +63,6 @@ def verify(path: Path) -> list[Manifest]:
             file and the difference.
         OSError: the storage is unreachable.
     """
-    path = Path(path)
     files = sorted(path.glob("*.beton")) if path.is_dir() else [path]
     require_data(files, f"verify: no .beton in {path.absolute()}")
     return [check_file(file) for file in files]
