@@ -3,7 +3,7 @@ the memory of a micro-batch in equal seconds, for each rule.
 
 Command:  python -m benchmarks.memory_budget measure, on an idle machine before the first run
           python -m benchmarks.memory_budget, of the answers of the study
-Result:   memory_budget_speeds.json beside the recipe; the picture, budget.svg, is not drawn yet
+Result:   memory_budget_speeds.json beside the recipe, and docs/budget.svg
 """
 
 import gc

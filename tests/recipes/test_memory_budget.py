@@ -1,6 +1,7 @@
 """The study of memory budgets: its cells, equal seconds, its files of answers, its tables."""
 
 import json
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -299,3 +300,33 @@ def test_the_picture_is_what_the_command_draws(
     if committed.exists():
         measuring.draw(table(new_console()), tmp_path / "budget.svg")
         assert (tmp_path / "budget.svg").read_text() == committed.read_text()
+
+
+def test_the_page_has_what_the_kept_answers_tell() -> None:
+    _, page = (measuring.DOCS / "results.md").read_text().split("## Accuracy in a memory budget")
+    lines = [line for line in page.split("\n## ")[0].splitlines() if line.startswith("| ")]
+    rows = [line.strip("| ").split(" | ") for line in lines]
+    found = by_cell(table(new_console()))
+    limits = [[f"{found[of, each, 'BPTT'].limit / 1e6:.2f} MB" for each in BUDGETS] for of in SETS]
+    fashion, flashes, counts = (row[1:] for row in rows if row[0] not in RULES)
+    assert [fashion[::2], flashes[::2]] == limits and counts == [*limits[0], *limits[1]]
+    for rule in RULES:
+        *accuracies, counts = (row[1:] for row in rows if row[0] == rule)
+        ran = [[found[of, budget, rule] for budget in BUDGETS] for of in SETS]
+        for cells, of_set in zip(accuracies, ran, strict=True):
+            reached = [
+                f"{statistics.fmean(each.top1):.2f} ± {statistics.stdev(each.top1):.2f}"
+                for each in of_set
+            ]
+            above = [
+                "best of BPTT"
+                if each.is_best
+                else "{:+.2f} ({:+.2f} to {:+.2f})".format(*each.less)
+                if each.less
+                else "–"
+                for each in of_set
+            ]
+            assert [cells[::2], cells[1::2]] == [reached, above], rule
+        assert counts == [
+            f"{each.micro_batch}, {each.slice}, {each.steps:,}" for each in [*ran[0], *ran[1]]
+        ], rule
