@@ -211,21 +211,23 @@ def plan(
         f" {samples}",
     )
     planner = _Planner(recipe, cluster)
-    fits: dict[str, _Fit] = {}
+    planned: list[Planned] = []
     refused: dict[str, str] = {}
     for label, rule in rules_by_label(rules, recipe.rule).items():
         say_stage(f"counting a step of {label}")
         try:
-            fits[label] = planner.fit(rule)
+            fit = planner.fit(rule)
         except ValueError as error:
             refused[label] = str(error)
+        else:
+            planned.append(planner.planned(fit, samples))
     return Plan(
         recipe=recipe.name,
         cluster=cluster,
         samples=samples,
         teacher=None if planner.teacher is None else planner.teacher.label,
         teacher_bytes=planner.teacher_bytes,
-        rules=tuple(planner.planned(fit, samples) for fit in fits.values()),
+        rules=tuple(planned),
         refused=refused,
     )
 
