@@ -176,7 +176,8 @@ def report(runs: Mapping[str, Path], console: Console) -> dict[str, Any]:
 def _measured(runs: Mapping[str, Path], name: str, console: Console) -> dict[str, Any] | None:
     """The result of a measurement of the suite; None, and a line that says why, without one."""
     found = read_json(runs[name])
-    if "refused" not in found:
+    # Sweeps and plans have a mapping "refused", of the rules or steps that were not measured.
+    if not isinstance(found.get("refused"), str):
         return found
     say(console, f"{name}: not measured: {found['refused']}")
     return None

@@ -516,6 +516,15 @@ def test_imagenets_plan_stands_beside_the_published_figures_and_says_why_there_i
     assert all("not planned" in ours for ours in unplanned)
 
 
+def test_a_plan_or_a_sweep_that_refused_some_of_its_rules_is_still_judged(
+    on_two_machines: dict[str, Path],
+) -> None:
+    write_json(on_two_machines["decay-1-2-by-t"], {**SWEPT, "refused": {}})
+    _, claims, said = told(on_two_machines)
+    assert claims["SLTT", "decay 1/2", "saved bytes from T = 2 to 16"]["holds"] is True
+    assert "not run here; plan in fp32" in said and "not measured: {" not in said
+
+
 def test_what_could_not_be_measured_is_named_in_the_report(
     on_two_machines: dict[str, Path],
 ) -> None:
