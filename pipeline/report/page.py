@@ -166,20 +166,25 @@ class Offers:
 
     Args:
         title: begins the names of the files.
+        link: makes the address of a table from its key; None: the address has the table itself.
     """
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, link: Callable[[str], str] | None = None) -> None:
         self.drawings: dict[str, Any] = {}
-        self.title = slug(title)[:_MAX_NAME]
+        self.tables: dict[str, Table] = {}
+        self.title, self._link = slug(title)[:_MAX_NAME], link
 
-    def table(self, table: Table) -> str:
-        """Return the address of a table: it has the table itself."""
+    def table(self, key: str, table: Table) -> str:
+        """Offer a table. Returns its address."""
+        self.tables[key] = table
+        if self._link is not None:
+            return self._link(key)
         return f"data:text/csv;charset=utf-8,{quote(table.to_csv())}"
 
     def figure(self, key: str, figure: Figure) -> str:
         """Offer a drawing and its table. Returns the address of the table."""
         self.drawings[key] = figure.drawing
-        return self.table(figure.table)
+        return self.table(key, figure.table)
 
 
 class Section(NamedTuple):

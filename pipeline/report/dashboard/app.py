@@ -81,7 +81,7 @@ def make_app(store: Store, *, name: str, every: float) -> Flask:
         "plotly",
         lambda: Response(plotly_script(), mimetype="text/javascript", headers=_KEPT),
     )
-    for endpoint in (endpoints.list, endpoints.study):
+    for endpoint in (endpoints.list, endpoints.study, endpoints.csv):
         app.add_url_rule(f"/{endpoint.__name__}", view_func=endpoint)
     return app
 
@@ -108,15 +108,9 @@ class _Endpoints:
         )
 
     def study(self) -> dict[str, Any] | tuple[str, int]:
-        """Return a study as JSON, or 204 if the page already shows this version (`seen`).
-
-        Without a requested study, it is the newest one. The requests of a look, which follow one
-        another at once, share a list of the runs.
-        """
+        """Return a study as JSON, or 204 if the page already shows this version (`seen`)."""
         try:
-            view, all_runs = _requested_view(), self._live.listed(fresh_s=_FRESH_S)
-            if not view.study and all_runs:
-                view = view.at_study(studies(all_runs)[0])
+            view, all_runs = self._opened()
             members = view.members(all_runs)
             if not members:
                 return {"window": _WINDOW, "html": _trouble(_NO_RUN)}
@@ -152,6 +146,33 @@ class _Endpoints:
             "drawings": offers.drawings,
         }
 
+    def csv(self) -> Response:
+        name = request.args.get("name", "")
+        shown: Any = {"title": "", "facts": "", "differs": (), "hash": "", "newest": None}
+        try:
+            view, all_runs = self._opened()
+            runs = view.picked(all_runs)
+            shown |= {"members": runs, "picked": runs}
+            study, reports = self._live.study(runs), self._live.reports(runs)
+        except ReportError as error:
+            return Response(f"{error}\n", 503, mimetype="text/plain")
+        table = _render_study(view, study, reports, **shown)[1].tables.get(name)
+        if table is None:
+            return Response(
+                f"dashboard: there is no table {name[:100]!r}\n", 404, mimetype="text/plain"
+            )
+        return Response(table.to_csv(), mimetype="text/csv")
+
+    def _opened(self) -> tuple[ViewState, Sequence[StoredRun]]:
+        """Return the requested view, of the newest study if it names none, and all runs.
+
+        The requests of a look, which follow one another at once, share a list of the runs.
+        """
+        view, all_runs = _requested_view(), self._live.listed(fresh_s=_FRESH_S)
+        if not view.study and all_runs:
+            view = view.at_study(studies(all_runs)[0])
+        return view, all_runs
+
 
 def _differs(study: StoredStudy, known: Sequence[StoredStudy], beside: str = "") -> tuple[str, str]:
     """The name of another study and the difference from it; both are empty without one.
@@ -176,13 +197,14 @@ def _render_study(
     is_second: bool = False,
     **shown: Any,
 ) -> tuple[str, Offers]:
-    """Return the HTML of a study, and its drawings.
+    """Return the HTML of a study, with its drawings and the tables of its CSV links.
 
     Two studies on one page may share groups, suites and titles. Therefore the second one's ids,
-    drawings and labels have a mark.
+    drawings and labels have a mark, which its CSV links omit.
     """
     mark, label = ("beside-", ", beside") if is_second else ("", "")
-    offers = Offers(study.title)
+    link = f"/csv{view.search or '?'}&name="
+    offers = Offers(study.title, lambda key: link + key.removeprefix(mark))
     sections = [
         section_of(group, mark + group.key, (view.view,), among=study.groups)
         for group in study.groups
