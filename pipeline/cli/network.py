@@ -79,33 +79,23 @@ def evaluate(
     With --weights also of a recipe. The evaluation runs in this process.
     """
     from pipeline.launch.evaluate import evaluate_recipe, evaluate_run
-
-    run = str(find_recipe(Path(run)))
-    if run.endswith(".py"):
-        if is_set_by_user(context, "runs"):
-            raise ValueError(
-                f"evaluate: --runs has no effect with a recipe file; got {run} with --runs {runs}"
-            )
-        recipe = load_changed(Path(run), changes, tiny=False)
-        evaluate_recipe(
-            recipe,
-            which=which,
-            weights=weights,
-            time_steps=steps,
-            own=trust_of(recipe, [Path(run)]),
-            trust=tuple(trust),
-        )
-        return
     from pipeline.report.selection import find_run
 
-    if changes:
-        raise ValueError(
-            f"evaluate: --set must come with a recipe file; got the run {run} with --set"
-            f" {changes[0]}"
+    chosen: Any = {"which": which, "weights": weights, "time_steps": steps, "trust": tuple(trust)}
+    run = str(find_recipe(Path(run)))
+    if run.endswith(".py"):
+        require(
+            not is_set_by_user(context, "runs"),
+            f"evaluate: --runs has no effect with a recipe file; got {run} with --runs {runs}",
         )
-    evaluate_run(
-        find_run(runs, run), which=which, weights=weights, time_steps=steps, trust=tuple(trust)
+        recipe = load_changed(Path(run), changes, tiny=False)
+        evaluate_recipe(recipe, own=trust_of(recipe, [Path(run)]), **chosen)
+        return
+    require(
+        not changes,
+        f"evaluate: --set must come with a recipe file; got the run {run} with --set {changes}",
     )
+    evaluate_run(find_run(runs, run), **chosen)
 
 
 @commands.command(

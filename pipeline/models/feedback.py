@@ -194,17 +194,8 @@ def conv_feedback(
     on_currents, on_readout = _dropout_shares(dropout, dropout_on)
     widths = [in_channels, *(width for width, _, _ in layers)]
     synapses = [
-        _with_dropout(
-            _with_norm(
-                Conv2d(
-                    in_width, width, layer_kernel, stride, layer_kernel // 2, bias=norm == "none"
-                ),
-                width,
-                norm,
-            ),
-            on_currents,
-        )
-        for in_width, (width, layer_kernel, stride) in zip(widths, layers, strict=False)
+        _with_dropout(_conv(in_width, *layer, norm), on_currents)
+        for in_width, layer in zip(widths, layers, strict=False)
     ]
     (first, _, first_stride), last = layers[0], widths[-1]
     feedback = (
@@ -384,6 +375,11 @@ def _dropout_shares(dropout: float, dropout_on: DropoutOn) -> tuple[float, float
     """The share of dropout after each synapse, and the share before the classifier."""
     refuse_unless_one_of("feedback", ("readout", "currents"), dropout_on=dropout_on)
     return (dropout, 0.0) if dropout_on == "currents" else (0.0, dropout)
+
+
+def _conv(in_channels: int, width: int, kernel: int, stride: int, norm: Norm) -> nn.Module:
+    conv = Conv2d(in_channels, width, kernel, stride, kernel // 2, bias=norm == "none")
+    return _with_norm(conv, width, norm)
 
 
 def _with_dropout(synapse: nn.Module, share: float) -> nn.Module:

@@ -162,11 +162,7 @@ class OPZO(Rule):
         self.intermediate = tuple(intermediate)
         self.one_loss_per_step = not (local_readouts or intermediate)
         self.decay = decay
-        self.signals: ErrorFeedback = {
-            "momentum": lambda: MeanJacobian(momentum=momentum, scale=noise),
-            "random": FixedRandom,
-            "single_point": lambda: SinglePoint(scale=noise),
-        }[feedback]()
+        self.signals = _signals(feedback, momentum=momentum, noise=noise)
         self._layers: list[LocalGradient] = []
         self._are_paths_checked = False
         self.label = (
@@ -352,6 +348,14 @@ class OPZO(Rule):
         refuse_skip_connections(self.label, network, {**spikes, "the output": logits_1BK})
         self._are_paths_checked = True
         return logits_1BK
+
+
+def _signals(feedback: Feedback, *, momentum: float, noise: float) -> ErrorFeedback:
+    if feedback == "random":
+        return FixedRandom()
+    if feedback == "single_point":
+        return SinglePoint(scale=noise)
+    return MeanJacobian(momentum=momentum, scale=noise)
 
 
 def _loss_and_error(

@@ -215,6 +215,18 @@ class Wrapped(nn.Module):
             for name, module, time in places
             if _can_have_seams(module, time)
         ]
+        self.original = _Original(network, self._shared_tensors(places, memo))
+        _, *arguments = inspect.signature(network.forward).parameters.values()
+        self.state_arguments = sum(
+            each.kind is each.POSITIONAL_OR_KEYWORD
+            and (each.default is each.empty or (self.passes_states and each.default is None))
+            for each in arguments
+        )
+
+    def _shared_tensors(
+        self, places: list[tuple[str, Any, _Time]], memo: dict[int, Any]
+    ) -> list[tuple[Tensor, nn.Module, str]]:
+        """The original network's tensors, with their places (module and name) in the copy."""
         shared = [
             (tensor, module, name)
             for module in self.network.modules()
@@ -226,13 +238,7 @@ class Wrapped(nn.Module):
             for _, module, _ in places
             if isinstance(getattr(memo[id(module)], "lif", None), LearntDecay)
         ]
-        self.original = _Original(network, shared + reshaped)
-        _, *arguments = inspect.signature(network.forward).parameters.values()
-        self.state_arguments = sum(
-            each.kind is each.POSITIONAL_OR_KEYWORD
-            and (each.default is each.empty or (self.passes_states and each.default is None))
-            for each in arguments
-        )
+        return shared + reshaped
 
     # -------------------------------------------------------------------------------------- forward
 
