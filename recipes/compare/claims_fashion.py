@@ -5,9 +5,9 @@ Command:  spiketrain write fashion --out data/fashion
           spiketrain launch recipes/compare/claims_fashion.py
 Source:   Meng et al. 2023 (SLTT), arXiv:2302.14311; Xiao et al. 2022 (OTTT), arXiv:2210.04195; the
           network is one of ours.
-Result:   SLTT saves 0.30 of BPTT's bytes at both decays and takes 1.17 and 1.15 of its time in
-          turn, SLTT-1 0.60 and 0.59; no rule loses 0.5 points on average, within 0.7 is undecided;
-          36 runs, commit 19f97825ba12, AMD EPYC: docs/results.md, "Published claims".
+Result:   SLTT keeps 0.30 of the bytes that BPTT keeps for backward, and takes 1.17 and 1.15 of its
+          time in turn, SLTT-1 0.60 and 0.59; no rule loses 0.5 points on average, within 0.7 is
+          undecided; 36 runs, commit 19f97825ba12, AMD EPYC: docs/results.md, "Published claims".
 
 Two studies, at the decays of the two papers (1/11 and 0.5), T = 6, five rules, BPTT as the papers
 have it and three seeds in each; all share the learning rate 0.3. SLTT-K is rescaled by T/K, so that

@@ -4,9 +4,9 @@ Command:  spiketrain launch recipes/compare/rules_fashion.py --workers 2
           spiketrain resume rules-fashion-DATE-TIME      (after a stop)
 Source:   the rules as their own recipes in recipes/fashion name them; the networks are small ones
           of ours.
-Result:   saved bytes, of BPTT's: SLTT and OTTT .52, OPZO and DFA .54, DSR .42, IDE and SPIDE .23;
-          20 min, commit 4e0722d9b5a2, AMD EPYC. Accuracies: docs/LOG.md, "Results that stood in the
-          docstrings of recipes".
+Result:   saved bytes, of BPTT's: SLTT and OTTT .70, OPZO and DFA 1.18, DSR .20, IDE and SPIDE .27;
+          21 min, commit 9398500b0cc0, AMD EPYC. Accuracies: docs/results.md, "All rules in one
+          launch".
 
 Within a study only the rule differs, learning rate included. Each study has its own BPTT row.
 Accuracies are of two epochs; recipes/fashion has each rule at its best.
