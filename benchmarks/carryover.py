@@ -6,9 +6,8 @@ Result:   docs/LOG.md, 2026-11-26: another sample's carry-over costs 6 points of
 
 A LIF computes s[t] = 1 if x[t] + n[t] >= threshold else 0, with n[t] = decay v[t-1]. With n[t] held
 constant, each step is a network of threshold units without memory, and the T steps are an ensemble
-of
-networks with the same weights. SLTT differentiates this graph. The network is evaluated with four
-carry-overs:
+of networks with the same weights. SLTT differentiates this graph. The network is evaluated with
+four carry-overs:
 
     real        the network as it is
     zero        n[t] = 0: every step equals the first

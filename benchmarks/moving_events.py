@@ -11,7 +11,8 @@ One convolutional network, trained anew by backpropagation on four views of the 
     sum          the counts summed over time
     last slice   what is seen in the last tenth of the time
     late slices  each slice of the later half alone, logits averaged: read late, with nothing
-    carried across steps ten slices   all of them, laid one upon another as channels
+                 carried across steps
+    ten slices   all of them, laid one upon another as channels
 
 Opposite directions are exact reversals of each other, and a shape is anywhere at any time, so the
 first three tell the direction 0.50 of the time at best; 0.53 leaves room for the error of 1600
