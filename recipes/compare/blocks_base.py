@@ -3,10 +3,14 @@
     study = Blocks(name="sei-fashion", folder=Path(...), cells_of={0: (("real", "labels"), ...)},
                    recipe_of=trained, samples={"fashion": 10_000})
 
-A launch trains the seeds whose file is missing; without the folder it trains all. A file
-`seed-N.json` holds a bit for each evaluation sample and cell, and what the runs of the block have
-in common. So a study goes on over days and machines, and differences are taken within blocks. No
-table is printed before all seeds have answers.
+A launch trains the seeds whose file is missing. To repeat a study, move its folder away first: with
+all files there, a launch trains all and keeps the written answers. `spiketrain resume SUITE` goes
+on with a stopped launch. A new launch goes on by seeds once `python -m recipes.compare.STUDY RUNS`
+has written those that are over.
+
+A file `seed-N.json` holds a bit for each evaluation sample and cell, and what the runs of the block
+have in common. So a study goes on over days and machines, and differences are taken within blocks.
+No table is printed before all seeds have answers.
 """
 
 # N samples, S seeds, R resamples, V different values

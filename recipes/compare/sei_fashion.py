@@ -10,7 +10,8 @@ Result:   together they help 1-bit weights: +0.94 points (0.67 to 1.20), where 1
           Real weights gain 0.67 (0.40 to 0.94). Whether that is less is undecided; commit
           0f27aa474dff, AMD EPYC. Table: docs/results.md, "Parts of SEI-BWSNN".
 
-A block is all cells of one seed; its answers stand in sei_fashion_answers (blocks_base.py).
+A block is all cells of one seed; its answers stand in sei_fashion_answers. Stop and resume as
+blocks_base.py says; the teacher trains first.
 Settings were chosen on a held-out tenth (sei_fashion_rates.py, sei_fashion_temperature.py).
 """
 

@@ -1,5 +1,4 @@
 """OPZO on Fashion-MNIST: three convolutions whose errors come from above through matrices learnt
-from pipeline.recipe import Evaluation
 from noise.
 
 OPZO, OPZO+LL, DFA and backpropagation (recipes/fashion/opzo*.py, dfa.py) train this network with

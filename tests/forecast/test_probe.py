@@ -309,7 +309,8 @@ def sltt_full(**rules: tuple[float, float, dict[str, float]]) -> Probe:
                 " 0.92 or more with BPTT's (lowest at b). It keeps 20% of BPTT's bytes for"
                 # 70 of 150
                 " backward, and 47% with states. It takes 90% of BPTT's time (90% to 90% in 3"
-                " rounds).|",
+                " rounds). Such advice was judged for SLTT and OTTT (docs/rules/index.md,"
+                ' "Which rule to take").|',
             ],
         ),
         (
@@ -339,7 +340,8 @@ def sltt_full(**rules: tuple[float, float, dict[str, float]]) -> Probe:
             ),
             [
                 "|No rule is safe here before training. The most similar gradient is that of OTTT,"
-                " whose lowest cosine is 0.40, at a."
+                " whose lowest cosine is 0.40, at a. Take BPTT with a smaller micro_batch,"
+                " truncated BPTT, or a rule after a run beside BPTT at a smaller size. Such"
             ],
         ),
         # BPTT in slices of time has BPTT's gradient and about its bytes: it is no rule to advise.
@@ -359,7 +361,7 @@ def sltt_full(**rules: tuple[float, float, dict[str, float]]) -> Probe:
         ),
         (
             probed(SLTT=(20, 0.9, {"a": 0.2, **SILENT})),
-            [f"whose lowest cosine is 0.20, at a. {UNKNOWN} in 3 of 4 layers. Only"],
+            [f"whose lowest cosine is 0.20, at a. {UNKNOWN} in 3 of 4 layers. Take"],
         ),
         (
             probed(SLTT=(20, 0.9, SILENT)),
