@@ -106,7 +106,7 @@ def draw(top1: Mapping[tuple[str, str], float], losses: Sequence[Loss], out: Pat
         axes.set_xticks(gaps, map(str, gaps))
     panels[0].set_ylabel("top-1, %")
     for rule, color in colors.items():
-        of_rule = [each for each in losses if each.rule == rule and each.name != "fashion"]
+        of_rule = [each for each in losses if each.rule == rule]
         if of_rule:
             shares = [each.signs["share before"] for each in of_rule]
             points = [each.points for each in of_rule]
