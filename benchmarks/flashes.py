@@ -4,7 +4,9 @@ they know the time.
 Command:  spiketrain write events flashes --slices 16 --gap 4 --size 24 --samples 8000
               --val-samples 4000 --out data/flashes-16-4
           python -m benchmarks.flashes --slices 16 --gap 4, likewise 8 and 2, 32 and 8
-Result:   not run yet
+Result:   top-1 of the four views on 8-2, 16-4 and 32-8: one slice .499, .500, .499; gap slices
+          .502, .497, .495; gap + 1 slices .996, .994, .990; slice and time .997, .999, .997; commit
+          9398500b0cc0, one core of an AMD EPYC, other work beside it
 
 The convolutional network of moving_events.py, trained anew on four views of the same recordings,
 its logits averaged over the looks of a view:
