@@ -79,7 +79,6 @@ def evaluate(
     With --weights also of a recipe. The evaluation runs in this process.
     """
     from pipeline.launch.evaluate import evaluate_recipe, evaluate_run
-    from pipeline.report.selection import find_run
 
     chosen: Any = {"which": which, "weights": weights, "time_steps": steps, "trust": tuple(trust)}
     run = str(find_recipe(Path(run)))
@@ -93,8 +92,11 @@ def evaluate(
         return
     require(
         not changes,
-        f"evaluate: --set must come with a recipe file; got the run {run} with --set {changes}",
+        f"evaluate: --set must come with a recipe file; got the run {run} with --set"
+        f" {' '.join(changes)}",
     )
+    from pipeline.report.selection import find_run
+
     evaluate_run(find_run(runs, run), **chosen)
 
 

@@ -30,7 +30,7 @@ from pipeline.train.build import check_recipe
 # none in 0.75..0.99, so that the data do not fix the limit.
 SAFE = 0.9
 _UNKNOWN = "BPTT's gradient is 0 or not finite"
-_TABLE = 'Such advice was judged for SLTT and OTTT (docs/rules/index.md, "Which rule to take").'
+_JUDGED = 'Such advice was judged for SLTT and OTTT (docs/rules/index.md, "Which rule to take").'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +164,7 @@ def advice(result: Measured) -> str:
         return (
             f"{best.rule} {verdict} safe here before training: in {where} its gradient has a cosine"
             f" of {cosine:.2f} or more with BPTT's (lowest at {layer}).{unknown_note}"
-            f" {_cost_of(result, best, bptt, fastest)} {_TABLE}"
+            f" {_cost_of(result, best, bptt, fastest)} {_JUDGED}"
         )
     rule, (layer, cosine) = max(lowest.items(), key=lambda each: each[1][1])
     subject = "No rule whose gradient was compared is" if result.uncompared else "No rule is"
@@ -172,7 +172,7 @@ def advice(result: Measured) -> str:
         f"{subject} safe here before training. The most similar gradient is that of {rule}, whose"
         f" lowest cosine is {cosine:.2f}, at {layer}.{unknown_note} Take BPTT with a smaller"
         " micro_batch, truncated BPTT, or a rule after a run beside BPTT at a smaller size."
-        f" {_TABLE}"
+        f" {_JUDGED}"
     )
 
 
