@@ -8,9 +8,8 @@ Command:  spiketrain write fashion --out data/fashion
           spiketrain launch recipes/compare/memory_budget.py --workers 1 --side-by-side 2
           python -m recipes.compare.memory_budget RUNS; python -m benchmarks.memory_budget
 Source:   ours
-Result:   docs/results.md, "Accuracy in a memory budget": SLTT-1 is 0.97 points (0.59 to 1.31)
-          above BPTT on Fashion-MNIST in the smallest budget, narrowly above in the second, and 16
-          to 37 below on flashes; five seeds
+Result:   docs/results.md, "Accuracy in a memory budget": SLTT-1 is 0.97 points (0.59 to 1.31) above
+          BPTT on Fashion-MNIST in the smallest budget, and 16 to 37 below on flashes; five seeds
 
 A block is all cells of one seed (blocks_base.py). Networks have no batch norm, so neither
 micro-batches nor slices of time change the gradient of a global batch.
