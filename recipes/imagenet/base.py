@@ -6,7 +6,9 @@ published, weight decay reaches biases and gains, and the rate changes once an e
 code trains in fp16; here the precision is bf16.
 
 Each recipe of this folder has the hours and the memory of a card that `spiketrain plan RECIPE
---workers 8 --device h100 --samples 1281167` estimates for its rule. No card has run them."""
+--workers 8 --device h100 --samples 1281167` estimates for its rule: training alone, without
+evaluations and checkpoints, at 40 % of the roofline, where no step waits for data. No card has run
+them."""
 
 from collections.abc import Callable
 from dataclasses import replace

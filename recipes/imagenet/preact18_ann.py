@@ -5,7 +5,7 @@ Command:  spiketrain write folder --source imagenet --out data/imagenet --mode j
           spiketrain launch recipes/imagenet/preact18_ann.py --workers 8 --name preact18-ann
 Source:   Meng et al. 2022 (DSR), arXiv:2205.00459: SGD 0.1, weight decay 1e-4, batch 256; epochs
           and schedule are not published with the method, 100 with a cosine are ours.
-Result:   not run
+Result:   not run (no target of its own: preact18_dsr.py, the second stage, has one)
 Plan:     8 H100, estimated: 0.459 hours, 0.525 GB a card; base.py has the command, commit 71e17bd1
 """
 
