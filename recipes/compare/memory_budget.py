@@ -9,10 +9,10 @@ Command:  spiketrain write fashion --out data/fashion
           python -m recipes.compare.memory_budget RUNS; python -m benchmarks.memory_budget
 Source:   ours
 Result:   docs/results.md, "Accuracy in a memory budget": SLTT-1 is 0.97 points (0.59 to 1.31) above
-          BPTT on Fashion-MNIST in the smallest budget, and 16 to 37 below on flashes; five seeds
+          BPTT on Fashion-MNIST in the smallest budget, and 16 to 37 below on flashes; five seeds,
+          commits 4449e51984c4 and 10afd0f2ec8f, 2 cores of an AMD EPYC
 
-A block is all cells of one seed (blocks_base.py). Networks have no batch norm, so neither
-micro-batches nor slices of time change the gradient of a global batch.
+Networks have no batch norm, so neither micro-batches nor slices of time change a batch's gradient.
 """
 
 import statistics
