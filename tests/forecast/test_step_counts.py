@@ -90,7 +90,11 @@ def test_a_rule_is_counted_to_the_unit(rule: Spec) -> None:
     ],
 )
 def test_a_recipe_is_counted_to_the_unit(module: str) -> None:
-    check(recipe_of(module))
+    """On pictures of at most 16 pixels a side, where the network takes them of any size."""
+    recipe = recipe_of(module)
+    if module.startswith("cifar"):
+        recipe = replace(recipe, data=recipe.data.with_(shape=(3, 16, 16)))
+    check(recipe)
 
 
 FILES = sorted(file for file in Path("recipes").rglob("*.py") if "def recipe()" in file.read_text())
