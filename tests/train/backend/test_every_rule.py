@@ -43,6 +43,13 @@ from tests.helpers.small import small_recipe
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 TIME, BATCH, RANKS, STEPS, STAGES = 4, 8, 2, 3, (0, 1, 2)
+# Stages of ZeRO, each with the micro-batches that a batch is accumulated over
+Splits = tuple[tuple[int, int], ...]
+FEW: Splits = ((0, 1), (1, 2), (2, 2))
+ALL: Splits = tuple(itertools.product(STAGES, (1, 2)))
+few_or_all = pytest.mark.parametrize(
+    "splits", [FEW, pytest.param(ALL, marks=pytest.mark.full)], ids=len
+)
 RECIPE = small_recipe(
     optimizer=spec(create_optimizer_v2, opt="sgd", lr=0.1, momentum=0.9, weight_decay=0.05)
 )
@@ -68,11 +75,13 @@ def attached(case: Case, world: World) -> tuple[nn.Module, Rule, OptimizerOf]:
     return model, rule, partial(build_optimizer, RECIPE, rule=rule) if case is BINARY else sgd
 
 
-def accumulations(rule: Rule) -> tuple[int, ...]:
-    return (1, 2) if rule.update == "batch" else (1,)
+def splits_of(rule: Rule, splits: Splits) -> list[tuple[int, int]]:
+    """Those of a rule, which may move at every step and accumulate nothing."""
+    most = 2 if rule.update == "batch" else 1
+    return sorted({(zero, min(accumulation, most)) for zero, accumulation in splits})
 
 
-def _rules(rank: int, ranks: int) -> dict[tuple[str, int, int], float]:
+def _rules(rank: int, ranks: int, *, splits: Splits) -> dict[tuple[str, int, int], float]:
     found, world = {}, World(seed=7, rank=rank, size=ranks, mean=Ranks(rank, ranks).mean)
     for case in (*CASES, BINARY):
         expected, expected_rule, optimizer_of = attached(case, World(seed=7))
@@ -81,28 +90,25 @@ def _rules(rank: int, ranks: int) -> dict[tuple[str, int, int], float]:
         moved = {n for n, p in expected.named_parameters() if (p - before[n]).abs().max() > 1e-4}
         assert moved, f"{case.name} learnt nothing"
         assert case is not BINARY or {"2.weight", "2.binarizer.scale"} <= moved
-        for zero in STAGES:
-            for accumulation in accumulations(expected_rule):
-                model, rule, optimizer_of = attached(case, world)
-                micro = BATCH // ranks // accumulation
-                backend = DeepSpeed(model, optimizer_of, micro_batch=micro, zero=zero)
-                about = {"rank": rank, "ranks": ranks, "accumulation": accumulation}
-                learn(rule, backend, steps(global_batch, STEPS), **about)
-                # to the bit, as a run compares them
-                apart = drifted((*model.parameters(), *rule.buffers()), Ranks(rank, ranks))
-                gaps = distance(model, expected), distance(rule, expected_rule), float(len(apart))
-                found[case.name, zero, accumulation] = max(gaps)
+        for zero, accumulation in splits_of(expected_rule, splits):
+            model, rule, optimizer_of = attached(case, world)
+            micro = BATCH // ranks // accumulation
+            backend = DeepSpeed(model, optimizer_of, micro_batch=micro, zero=zero)
+            about = {"rank": rank, "ranks": ranks, "accumulation": accumulation}
+            learn(rule, backend, steps(global_batch, STEPS), **about)
+            # to the bit, as a run compares them
+            apart = drifted((*model.parameters(), *rule.buffers()), Ranks(rank, ranks))
+            gaps = distance(model, expected), distance(rule, expected_rule), float(len(apart))
+            found[case.name, zero, accumulation] = max(gaps)
     return found
 
 
-def test_two_ranks_equal_plain_torch_on_the_joint_batch(tmp_path: Path) -> None:
+@few_or_all
+def test_two_ranks_equal_plain_torch_on_the_joint_batch(tmp_path: Path, splits: Splits) -> None:
     cases = [
-        (case.name, zero, accumulation)
-        for case in (*CASES, BINARY)
-        for zero in STAGES
-        for accumulation in accumulations(case.rule())
+        (case.name, *split) for case in (*CASES, BINARY) for split in splits_of(case.rule(), splits)
     ]
-    found_alike(_rules, tmp_path, cases, ranks=RANKS)
+    found_alike(partial(_rules, splits=splits), tmp_path, cases, ranks=RANKS)
 
 
 # ----------------------------------------------------------------------- HLOP in its second task
@@ -156,11 +162,11 @@ def joint_hlop(inner: type) -> tuple[nn.Module, HLOP]:
     return model, rule
 
 
-def _hlop(rank: int, ranks: int) -> dict[tuple[str, int, int], float]:
+def _hlop(rank: int, ranks: int, *, splits: Splits) -> dict[tuple[str, int, int], float]:
     found = {}
     for inner in INNER:
         expected, expected_rule = joint_hlop(inner)
-        for zero, accumulation in itertools.product(STAGES, (1, 2)):
+        for zero, accumulation in splits:
             model, rule = attached_hlop(inner, Ranks(rank, ranks))
             backend = DeepSpeed(model, sgd, micro_batch=BATCH // ranks // accumulation, zero=zero)
             about = {"rank": rank, "ranks": ranks, "accumulation": accumulation}
@@ -174,9 +180,10 @@ def _hlop(rank: int, ranks: int) -> dict[tuple[str, int, int], float]:
     return found
 
 
-def test_two_ranks_project_as_one(tmp_path: Path) -> None:
-    cases = itertools.product([inner.__name__ for inner in INNER], STAGES, (1, 2))
-    found_alike(_hlop, tmp_path, cases, ranks=RANKS)
+@few_or_all
+def test_two_ranks_project_as_one(tmp_path: Path, splits: Splits) -> None:
+    cases = [(inner.__name__, *split) for inner in INNER for split in splits]
+    found_alike(partial(_hlop, splits=splits), tmp_path, cases, ranks=RANKS)
 
 
 # ----------------------------------------------------------------------------------- still images
