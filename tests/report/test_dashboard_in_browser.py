@@ -210,7 +210,7 @@ def test_the_first_screen_has_the_tiles_and_the_figure(page: Page):
     first_screen(page)
 
 
-@pytest.mark.parametrize("state", ["running", "diverged"])
+@pytest.mark.parametrize("state", ["running", pytest.param("diverged", marks=pytest.mark.full)])
 def test_the_first_screen_of_an_unfinished_study(browser: Browser, state: str):
     store = FakeStore()
     store.add_finished("bptt-0", "BPTT")
@@ -234,6 +234,7 @@ def test_a_click_on_a_rule_shows_its_tiles_and_stays(page: Page):
     expect(page.locator(".tiles:not(.off)")).to_contain_text("SLTT against BPTT")
 
 
+@pytest.mark.full
 def test_two_studies_of_one_title_and_one_suite_keep_their_own_data(browser: Browser):
     store = FakeStore()
     for study, top1 in (("e" * 16, 0.5), (KEY, 0.9)):
@@ -505,6 +506,7 @@ _POINTS = """count => [...document.querySelectorAll('.js-plotly-plot')].some(
     plot => plot.data.some(trace => trace.name === 'OPZO' && trace.x.length === count))"""
 
 
+@pytest.mark.full
 def test_a_store_that_comes_later_is_waited_for(browser: Browser, runs: Path, tmp_path: Path):
     with (
         served(tmp_path) as address,

@@ -225,6 +225,7 @@ def test_the_large_figure_switches_to_memory_against_time_steps(browser: Browser
     assert violations(page) == [] and watch.said == []
 
 
+@pytest.mark.full
 def test_no_table_is_wider_than_paper(browser: Browser, tmp_path: Path):
     """With all that runs on cards tell, by rules that work for every purpose."""
     peaks = {f"peak_{what}_bytes": 12_345_678_901 for what in ("device", "reserved", "rss", "pss")}

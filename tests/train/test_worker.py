@@ -88,7 +88,9 @@ REPEATED = (
     # 1.5 to 8 s each; their rules and families train in other recipes
     *("nf_resnet50_sltt", "cifar10_cifarnet_f_ide", "preact18_dsr", "ms_resnet_sei_bw"),
     *("cifar10_alexnet_f_ide", "cifar10_dsr_if", "cifar10_opzo.", "cifar10_ottt_a", "ide_bptt"),
-    *("spide_ide", "qkformer_sei_bw"),
+    *("spide_ide", "qkformer_sei_bw", "qkformer_bptt", "qkformer_sltt_k1"),
+    *("cifar10_alexnet_f_spide", "gesture_sltt_k"),
+    *(f"permuted_fashion_hlop_{inner}" for inner in ("bptt", "dsr", "ottt")),
     "cifar100_vgg_f_ottt",
 )
 LONG = (pytest.mark.full, pytest.mark.timeout(900))  # dozens of runs

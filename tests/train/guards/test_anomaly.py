@@ -226,6 +226,7 @@ def _one_rank_meets_it(rank: int, size: int) -> dict[str, Any]:
     return {"told": hit.told, "weights": hit.values()["0.weight"].tolist()}
 
 
+@pytest.mark.distributed
 def test_every_rank_skips_what_one_rank_met(tmp_path: Path) -> None:
     one, other = run_ranks(_one_rank_meets_it, 2, tmp_path)
     assert one["told"] == other["told"] == [(1, "its gradient is not finite on 1 of 2 workers")]

@@ -140,6 +140,7 @@ def _compared(rank: int, size: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.distributed
 def test_the_one_that_is_apart_and_the_one_that_is_slow_are_named_on_every_rank(
     tmp_path: Path,
 ) -> None:
@@ -189,6 +190,7 @@ def _damaged(rank: int, size: int) -> dict[str, str]:
     return found
 
 
+@pytest.mark.distributed
 def test_all_that_ranks_hold_alike_is_compared_and_what_is_their_own_is_not(tmp_path: Path) -> None:
     for found in run_ranks(_damaged, 3, tmp_path):
         assert [*found] == ["a weight", "an average of weights", "what the rule learnt"]
