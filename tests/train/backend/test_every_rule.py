@@ -43,7 +43,8 @@ from tests.helpers.small import small_recipe
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(600)]
 
 TIME, BATCH, RANKS, STEPS, STAGES = 4, 8, 2, 3, (0, 1, 2)
-# Stages of ZeRO, each with the micro-batches that a batch is accumulated over
+# Stages of ZeRO, each with the micro-batches that a batch is accumulated over. The few have every
+# stage, and accumulation where a rank holds only a part of the state.
 Splits = tuple[tuple[int, int], ...]
 FEW: Splits = ((0, 1), (1, 2), (2, 2))
 ALL: Splits = tuple(itertools.product(STAGES, (1, 2)))
@@ -76,7 +77,7 @@ def attached(case: Case, world: World) -> tuple[nn.Module, Rule, OptimizerOf]:
 
 
 def splits_of(rule: Rule, splits: Splits) -> list[tuple[int, int]]:
-    """Those of a rule, which may move at every step and accumulate nothing."""
+    """The splits of a rule. One that updates weights at every time step accumulates nothing."""
     most = 2 if rule.update == "batch" else 1
     return sorted({(zero, min(accumulation, most)) for zero, accumulation in splits})
 
