@@ -88,8 +88,8 @@ def mixer(convert: Callable[[int], Any]) -> Callable[[Any], Any]:
 
 INCREMENT = signed(0x9E3779B97F4A7C15)  # of splitmix64
 mix = mixer(signed)
-_UNSIGNED_INCREMENT = np.uint64(INCREMENT & _LOW64)
-_unsigned_mix = mixer(np.uint64)
+UNSIGNED_INCREMENT = np.uint64(INCREMENT & _LOW64)
+unsigned_mix = mixer(np.uint64)
 
 
 def counter_hash(*counters: int) -> int:
@@ -115,22 +115,8 @@ def bits(
     z: Any = np.uint64(0)
     with np.errstate(over="ignore"):  # numpy warns about scalar overflow, which is intended here
         for counter in (seed, epoch, index, draw):
-            z = _unsigned_mix((z ^ np.asarray(counter).astype(np.uint64)) + _UNSIGNED_INCREMENT)
+            z = unsigned_mix((z ^ np.asarray(counter).astype(np.uint64)) + UNSIGNED_INCREMENT)
     return z
-
-
-def compiled_bits(compiler: Callable[[Callable[..., Any]], Any]) -> Any:
-    """`bits` for four uint64 scalars, compiled by `compiler`, such as `numba.njit`."""
-    mix, increment = compiler(_unsigned_mix), _UNSIGNED_INCREMENT
-
-    @compiler
-    def bits(seed, epoch, index, draw):
-        z = mix(seed + increment)
-        z = mix((z ^ epoch) + increment)
-        z = mix((z ^ index) + increment)
-        return mix((z ^ draw) + increment)
-
-    return bits
 
 
 def below(random_bits: ArrayLike, n: int) -> NDArray[np.int64]:

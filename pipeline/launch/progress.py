@@ -243,7 +243,7 @@ def _start_lines(event: events.Start) -> list[str]:
     if event.versions.get("ffcv") == NOT_INSTALLED:
         lines.append("FFCV is not installed: Pillow decodes images, which is slower")
     if done != total:
-        lines.append("waiting for the first batch, which compiles the data loader")
+        lines.append("waiting for the first batch; a machine compiles its data loader once")
     return lines
 
 

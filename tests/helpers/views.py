@@ -2,10 +2,10 @@
 
 import math
 
+import cv2
 import numpy as np
 
 from pipeline.core.random import CROP, bits
-from pipeline.data.ffcv.api import resize_crop
 from pipeline.data.ffcv.augment import level_table
 
 AREA, RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
@@ -56,7 +56,7 @@ def normalised(pixels_hw3):
 
 
 def resized(pixels, box, size):
-    out = np.empty((size, size, 3), np.uint8)
+    """OpenCV's function, which FFCV's library calls."""
     top, left, height, width = box
-    resize_crop(np.ascontiguousarray(pixels), top, top + height, left, left + width, out)
-    return out
+    crop = np.ascontiguousarray(pixels[top : top + height, left : left + width])
+    return cv2.resize(crop, (size, size), interpolation=cv2.INTER_AREA)

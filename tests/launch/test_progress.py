@@ -27,7 +27,7 @@ START = {
 
 STANDING_BY = "waiting for the workers, which import torch and build the network"
 BEGUN = "start   SLTT on 2 workers, 100 steps of 64 samples, study 01234567, commit abc"
-WAITING = "waiting for the first batch, which compiles the data loader"
+WAITING = "waiting for the first batch; a machine compiles its data loader once"
 
 
 def step(number: int, **metrics: Any) -> dict[str, Any]:

@@ -35,7 +35,7 @@ typed: Any = numba.typed
 typed_dictionary, typed.Dict = typed.Dict, dict
 try:
     with keep_torch_threads():
-        from ffcv.libffcv import imdecode, resize_crop
+        from ffcv.libffcv import ctypes_imdecode, ctypes_resize
         from ffcv.loader import epoch_iterator
         from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
         from ffcv.pipeline import Compiler, PipelineSpec
@@ -58,7 +58,7 @@ __all__ = [
     "PipelineSpec",
     "Reader",
     "State",
+    "ctypes_imdecode",
+    "ctypes_resize",
     "epoch_iterator",
-    "imdecode",
-    "resize_crop",
 ]

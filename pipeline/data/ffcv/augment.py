@@ -15,19 +15,20 @@ each numba thread, which cannot be seeded from outside.
 # B batch, S output side, C output channels, h w of a stored image
 
 import math
-from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
+from numba import prange
 from numpy.typing import NDArray
 
 from pipeline.core.random import CROP, normal_table
 from pipeline.data.ffcv import strong_augment
 from pipeline.data.ffcv.bicubic import resize_bicubic
-from pipeline.data.ffcv.codec import decode_jpg, resize_area
+from pipeline.data.ffcv.codec import HAS_FFCV, decode_jpg, resize_area
 from pipeline.data.ffcv.format import JPG, Images
 from pipeline.data.ffcv.loops import (
     Decoder,
+    batch_loop,
     below,
     bits,
     compiled,
@@ -56,8 +57,8 @@ class DecodeImages(Decoder):
             value is the crop's share of the shorter side.
         ratio: the range of the crop's width / height, for RESIZED.
         colour, cutout, erase, resize: as in `Beton`.
-        strong: compile the functions of `colour` and `erase`. If training needs them, evaluation
-            needs them too, because it uses the same loop with `colour` and `erase` at 0.
+        strong: the loop has `colour` and `erase`. If training needs them, evaluation needs them
+            too, because it uses the same loop with both at 0.
         has_levels: see `pipeline.data.base.Batch`.
     """
 
@@ -88,10 +89,10 @@ class DecodeImages(Decoder):
             name=Images.name,
             what="the JPEG",
             shape=(channels, size, size),
-            decode_sample=image_decoder(strong, resize),
+            decode_batch=LOOPS[strong or resize == "bicubic", parallel],
             parameters=(
                 # Arrays, because numba would compile the loop again for each type of a number.
-                np.array([kind, reach, int(flip), cutout], np.int64),
+                np.array([kind, reach, flip, cutout, resize == "bicubic"], np.int64),
                 np.array(area, np.float64),
                 ratio_table(ratio),
                 levels if has_levels else table,
@@ -100,7 +101,6 @@ class DecodeImages(Decoder):
                 normal_table(),
             ),
             table=table if has_levels else None,
-            parallel=parallel,
         )
 
 
@@ -156,21 +156,16 @@ def crop_window(pixels_hw3, top, left, side):
 
 
 @compiled
-def crop_image(pixels_hw3, resize, side, options, area, ratios, seed, epoch, index):
-    """Crop an image. A crop that is not a window is resized to `side` pixels a side by `resize`."""
+def draw_crop(h, w, side, options, area, ratios, seed, epoch, index):
+    """The crop of an image: (top, left, height, width). A window may reach beyond the image."""
     kind, reach = options[0], options[1]
-    h, w = pixels_hw3.shape[0], pixels_hw3.shape[1]
     if kind == WINDOW:
         down, right = draw_shift(reach, seed, epoch, index)
-        return crop_window(pixels_hw3, (h - side) // 2 + down, (w - side) // 2 + right, side)
+        return (h - side) // 2 + down, (w - side) // 2 + right, side, side
     if kind == RESIZED:
-        top, left, height, width = crop_box(h, w, seed, epoch, index, area, ratios)
-    else:
-        height = max(1, np.int64(area[0] * min(h, w)))
-        top, left, width = (h - height) // 2, (w - height) // 2, height
-    out_SS3 = np.empty((side, side, 3), np.uint8)
-    resize(pixels_hw3, top, top + height, left, left + width, out_SS3)
-    return out_SS3
+        return crop_box(h, w, seed, epoch, index, area, ratios)
+    size = max(1, np.int64(area[0] * min(h, w)))
+    return (h - size) // 2, (w - size) // 2, size, size
 
 
 @compiled
@@ -186,49 +181,96 @@ def write_normalised(out_CSS, pixels_SS3, is_mirrored, table):
 
 
 @compiled
-def no_augmentation(_, seed, epoch, index, strength, ratios, normals):
-    """Takes the place of `recolour` and `erase` if they are not compiled."""
+def open_image(b, indices_B, side, keys_B2, status_B1, records, storage, parameters):
+    """Decode sample b of the batch.
 
-
-@cache
-def image_decoder(strong: bool, resize: Literal["area", "bicubic"]) -> Any:
-    """The compiled function that decodes one sample of a batch to its view.
-
-    Without strong augmentation the function compiles in half the time.
+    Returns its pixels [h,w,3], its crop as from `draw_crop`, and (seed, epoch, sample) of its
+    random numbers. `status_B1[b]` is not 0 if it cannot be decoded.
     """
-    resize_crop = resize_bicubic if resize == "bicubic" else resize_area
-    recolour = strong_augment.recolour if strong else no_augmentation
-    erase = strong_augment.erase if strong else no_augmentation
+    options, area, ratios = parameters[0], parameters[1], parameters[2]
+    file, addresses, sizes = storage
+    # The row encodes the sample and the view number (reader.py).
+    samples, row = np.uint64(len(records)), np.uint64(indices_B[b])
+    view_number, index = row // samples, row % samples
+    seed, epoch = keys_B2[b, 0], keys_B2[b, 1] + (view_number << _S32)
+    record = records[index]
+    address = record["data_ptr"]
+    stored = file[address : address + sizes[np.searchsorted(addresses, address)]]
+    h, w = np.int64(record["height"]), np.int64(record["width"])
+    status_B1[b, 0] = 0
+    if record["mode"] == JPG:
+        # Allocated here, because FFCV's memory would hold an image of the largest size for each
+        # sample that is read ahead.
+        pixels_hw3 = np.empty((h, w, 3), np.uint8)
+        status_B1[b, 0] = decode_jpg(stored, pixels_hw3)
+    else:
+        pixels_hw3 = stored.reshape((h, w, 3)).copy()
+    crop = draw_crop(h, w, side, options, area, ratios, seed, epoch, index)
+    return pixels_hw3, crop, (seed, epoch, index)
 
-    @compiled
-    def decode_image(b, indices_B, out_BCSS, keys_B2, status_B1, records, storage, parameters):
-        options, area, ratios, table, strengths, erase_ratios, normals = parameters
-        file, addresses, sizes = storage
-        # The row encodes the sample and the view number (reader.py).
-        samples, row = np.uint64(len(records)), np.uint64(indices_B[b])
-        view_number, index = row // samples, row % samples
-        seed, epoch = keys_B2[b, 0], keys_B2[b, 1] + (view_number << _S32)
-        record = records[index]
-        address = record["data_ptr"]
-        stored = file[address : address + sizes[np.searchsorted(addresses, address)]]
-        h, w = np.int64(record["height"]), np.int64(record["width"])
-        status_B1[b, 0] = 0
-        if record["mode"] == JPG:
-            # Allocated here, because FFCV's memory would hold an image of the largest size for
-            # each sample that is read ahead.
-            pixels_hw3 = np.empty((h, w, 3), np.uint8)
-            status_B1[b, 0] = decode_jpg(stored, pixels_hw3)
+
+@compiled
+def write_view(out_CSS, view_SS3, seed, epoch, index, parameters):
+    """Mirror, normalise and cut out."""
+    options, table = parameters[0], parameters[3]
+    is_mirrored = draw_mirror(options[2], seed, epoch, index)
+    write_normalised(out_CSS, view_SS3, is_mirrored, table)
+    strong_augment.cut_out(out_CSS, seed, epoch, index, options[3])
+
+
+@compiled
+def decode_image(b, indices_B, out_BCSS, keys_B2, status_B1, records, storage, parameters):
+    """Decode sample b of the batch to its view `out_BCSS[b]`."""
+    options, side = parameters[0], out_BCSS.shape[2]
+    pixels_hw3, (top, left, height, width), (seed, epoch, index) = open_image(
+        b, indices_B, side, keys_B2, status_B1, records, storage, parameters
+    )
+    if status_B1[b, 0] != 0:
+        return
+    if options[0] == WINDOW:
+        view_SS3 = crop_window(pixels_hw3, top, left, side)
+    else:
+        view_SS3 = np.empty((side, side, 3), np.uint8)
+        resize_area(pixels_hw3, top, top + height, left, left + width, view_SS3)
+    write_view(out_BCSS[b], view_SS3, seed, epoch, index, parameters)
+
+
+@compiled
+def decode_any_image(b, indices_B, out_BCSS, keys_B2, status_B1, records, storage, parameters):
+    """`decode_image` with bicubic resizing, recolouring and erasing, which compile for longer."""
+    options, side = parameters[0], out_BCSS.shape[2]
+    strengths, ratios, normals = parameters[4], parameters[5], parameters[6]
+    pixels_hw3, (top, left, height, width), (seed, epoch, index) = open_image(
+        b, indices_B, side, keys_B2, status_B1, records, storage, parameters
+    )
+    if status_B1[b, 0] != 0:
+        return
+    if options[0] == WINDOW:
+        view_SS3 = crop_window(pixels_hw3, top, left, side)
+    else:
+        view_SS3 = np.empty((side, side, 3), np.uint8)
+        bottom, right = top + height, left + width
+        if options[4]:
+            resize_bicubic(pixels_hw3, top, bottom, left, right, view_SS3)
         else:
-            pixels_hw3 = stored.reshape((h, w, 3)).copy()
-        if status_B1[b, 0] == 0:
-            side = out_BCSS.shape[2]
-            view_SS3 = crop_image(
-                pixels_hw3, resize_crop, side, options, area, ratios, seed, epoch, index
-            )
-            recolour(view_SS3, seed, epoch, index, strengths[0], erase_ratios, normals)
-            is_mirrored = draw_mirror(options[2], seed, epoch, index)
-            write_normalised(out_BCSS[b], view_SS3, is_mirrored, table)
-            strong_augment.cut_out(out_BCSS[b], seed, epoch, index, options[3])
-            erase(out_BCSS[b], seed, epoch, index, strengths[1], erase_ratios, normals)
+            resize_area(pixels_hw3, top, bottom, left, right, view_SS3)
+    strong_augment.recolour(view_SS3, seed, epoch, index, strengths[0], normals)
+    write_view(out_BCSS[b], view_SS3, seed, epoch, index, parameters)
+    strong_augment.erase(out_BCSS[b], seed, epoch, index, strengths[1], ratios, normals)
 
-    return decode_image
+
+def decode_images(indices_B, out_BCSS, keys_B2, status_B1, records, storage, parameters):
+    for b in prange(len(indices_B)):
+        decode_image(b, indices_B, out_BCSS, keys_B2, status_B1, records, storage, parameters)
+
+
+def decode_any_images(indices_B, out_BCSS, keys_B2, status_B1, records, storage, parameters):
+    for b in prange(len(indices_B)):
+        decode_any_image(b, indices_B, out_BCSS, keys_B2, status_B1, records, storage, parameters)
+
+
+LOOPS = {
+    (has_all, parallel): batch_loop(loop, parallel=parallel, saved=HAS_FFCV)
+    for has_all, loop in ((False, decode_images), (True, decode_any_images))
+    for parallel in (False, True)
+}

@@ -7,19 +7,21 @@ decodes it with the fast inverse transform of libjpeg-turbo, Pillow with the acc
 refuses damaged JPEGs about which libjpeg-turbo only warns; Pillow decodes them.
 """
 
+import ctypes
 import io
 import warnings
 from typing import Any
 
+import llvmlite.binding
 import numpy as np
-from numba import njit, objmode
+from numba import objmode, types
 from numba.core.errors import NumbaWarning
 from PIL import Image
 
 from pipeline.data.ffcv.loops import compiled
 
 try:
-    from pipeline.data.ffcv.api import imdecode, resize_crop
+    from pipeline.data.ffcv.api import ctypes_imdecode, ctypes_resize
 except ImportError as error:
     import cv2
 
@@ -46,14 +48,39 @@ except ImportError as error:
 
 else:
     HAS_FFCV = True
-    _imdecode: Any = njit(nogil=True)(imdecode)
-    resize_area: Any = njit(nogil=True)(resize_crop)
+
+    def _called_by_name(function: Any, *arguments: Any) -> Any:
+        """A function of FFCV's library for compiled code. numba saves no code that has its address,
+        which FFCV's own wrappers compile to.
+        """
+        name = f"ffcv_{function.__name__}"
+        llvmlite.binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+        return types.ExternalFunction(name, types.int32(*arguments))
+
+    _int, _word, _address = types.int64, types.uint32, types.uintp
+    _imdecode = _called_by_name(
+        *(ctypes_imdecode, _address, types.uint64, _word, _word, _address),
+        *(6 * (_word,)),
+        *(types.boolean, types.boolean),
+    )
+    _resize = _called_by_name(
+        *(ctypes_resize, _int, _address, _int, _int, _int, _int, _int, _int),
+        *(_address, _int, _int),
+    )
 
     @compiled
     def decode_jpg(stored, pixels_hw3):
         """Decode a JPEG to its pixels. The status is 0 if it succeeded."""
         h, w = pixels_hw3.shape[0], pixels_hw3.shape[1]
-        return _imdecode(stored, pixels_hw3, h, w, h, w, 0, 0, 1, 1, False, False)
+        source, target = stored.ctypes.data, pixels_hw3.ctypes.data
+        return _imdecode(source, stored.size, h, w, target, h, w, 0, 0, 1, 1, False, False)
+
+    @compiled
+    def resize_area(pixels_hw3, top, bottom, left, right, out_SS3):
+        """Resize a crop by areas, as OpenCV does."""
+        h, w, side = pixels_hw3.shape[0], pixels_hw3.shape[1], out_SS3.shape[0]
+        source, target = pixels_hw3.ctypes.data, out_SS3.ctypes.data
+        _resize(0, source, h, w, top, bottom, left, right, target, side, side)
 
 
 def _decode_by_pillow(stored: np.ndarray, pixels_hw3: np.ndarray) -> int:

@@ -10,9 +10,10 @@ frames of a recording have the same shift and the same mirroring. The random num
 import math
 
 import numpy as np
+from numba import prange
 
 from pipeline.data.ffcv.format import Arrays
-from pipeline.data.ffcv.loops import Decoder, compiled, draw_mirror, draw_shift
+from pipeline.data.ffcv.loops import Decoder, batch_loop, compiled, draw_mirror, draw_shift
 
 
 class DecodeEvents(Decoder):
@@ -51,9 +52,8 @@ class DecodeEvents(Decoder):
             name=Arrays.name,
             what="the frames",
             shape=shape,
-            decode_sample=decode_recording,
+            decode_batch=LOOPS[parallel],
             parameters=(options, counts, np.array([mean, std], np.float32)),
-            parallel=parallel,
         )
 
 
@@ -106,3 +106,11 @@ def decode_recording(b, indices_B, out_BTCSS, keys_B2, status_B1, addresses, sto
         mean, std = mean_std_2C[0, channel], mean_std_2C[1, channel]
         if mean != 0 or std != 1:
             out_TCSS[:, channel] = (out_TCSS[:, channel] - mean) / std
+
+
+def decode_recordings(indices_B, out_BTCSS, keys_B2, status_B1, records, storage, parameters):
+    for b in prange(len(indices_B)):
+        decode_recording(b, indices_B, out_BTCSS, keys_B2, status_B1, records, storage, parameters)
+
+
+LOOPS = {parallel: batch_loop(decode_recordings, parallel=parallel) for parallel in (False, True)}

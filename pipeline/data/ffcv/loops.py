@@ -1,24 +1,71 @@
-"""The shared parts of the compiled loops: a loop over a batch, random numbers.
+"""The shared parts of the compiled loops: how they are compiled, the decoder of a batch, random
+numbers.
 
-numba compiles each function at its first call in a process, without fastmath.
+numba compiles each function at its first call, without fastmath, and saves the loops over a batch
+for later processes of the same machine.
 """
 
 # B batch
 
-from functools import cache
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit, prange
+from numba import config, njit
 from numpy.typing import NDArray
 
-from pipeline.core.random import FLIP, SHIFT_X, SHIFT_Y, compiled_bits
+from pipeline.core import random
 
-compiled: Any = njit(nogil=True, fastmath=False, error_model="numpy")
-bits = compiled_bits(compiled)
+numba_config: Any = config  # its names have no types
+
+
+def saved_loops() -> Path | None:
+    """The folder of the compiled functions; None if it cannot be written.
+
+    Its name is a hash of every source file that they are made of. numba (0.68.1) itself compiles a
+    saved function again only if the function's own file has changed, and not what it calls.
+    """
+    sources = (*sorted(Path(__file__).parent.glob("*.py")), Path(random.__file__))
+    name = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
+    root = numba_config.CACHE_DIR or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+    folder = Path(root) / "spiketrain" / f"loops-{name}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return folder if os.access(folder, os.W_OK) else None
+
+
+FOLDER = saved_loops()
+compiled: Any = njit(nogil=True, error_model="numpy")
+
+
+def batch_loop(decode_batch: Callable[..., Any], *, parallel: bool, saved: bool = True) -> Any:
+    """The compiled loop over a batch, on numba's threads if `parallel`.
+
+    It is saved with all that it calls, unless not `saved`: numba cannot save a call of Python.
+    `decode_batch` must not be a closure over a compiled function, because numba would save it anew
+    in each process. A `raise` inside the loop would silently disable numba's threads.
+    """
+    options: Any = {"nogil": True, "error_model": "numpy", "parallel": parallel}
+    if not saved or FOLDER is None:
+        return njit(**options)(decode_batch)
+    usual = numba_config.CACHE_DIR
+    # A folder for each, because numba would load the serial loop as the parallel one.
+    numba_config.CACHE_DIR = str(FOLDER / ("parallel" if parallel else "serial"))
+    try:
+        return njit(**options, cache=True)(decode_batch)
+    finally:
+        numba_config.CACHE_DIR = usual
+
+
 # Constants are uint64: numba 0.68.1 combines uint64 and int64 to float64.
 _S11, _S32 = np.uint64(11), np.uint64(32)
-_FLIP, _SHIFT_Y, _SHIFT_X = np.uint64(FLIP), np.uint64(SHIFT_Y), np.uint64(SHIFT_X)
+_FLIP, _SHIFT_Y, _SHIFT_X = map(np.uint64, (random.FLIP, random.SHIFT_Y, random.SHIFT_X))
+_INCREMENT = random.UNSIGNED_INCREMENT
 
 
 class Decoder:
@@ -28,10 +75,9 @@ class Decoder:
         name: the decoded field of the file.
         what: the noun for error messages.
         shape: the shape of one output sample.
-        decode_sample: a compiled function that decodes one sample (see `batch_loop`).
-        parameters: the last argument of `decode_sample`.
+        decode_batch: a loop from `batch_loop`.
+        parameters: the last argument of `decode_batch`.
         table: the output is uint8, and this is `Batch.table`; None: the output is float32.
-        parallel: decode the samples of a batch on numba's threads.
     """
 
     def __init__(
@@ -40,14 +86,13 @@ class Decoder:
         name: str,
         what: str,
         shape: tuple[int, ...],
-        decode_sample: Any,
+        decode_batch: Any,
         parameters: Any,
         table: NDArray[np.float32] | None = None,
-        parallel: bool,
     ) -> None:
         self.name, self.what, self.shape, self.table = name, what, shape, table
         self.dtype = np.dtype(np.float32 if table is None else np.uint8)
-        self._decode_batch, self._parameters = batch_loop(decode_sample, parallel), parameters
+        self._decode_batch, self._parameters = decode_batch, parameters
 
     def __call__(self, rows_B: Any, memory: Any, records: Any, storage: Any) -> None:
         """Decode a batch.
@@ -63,18 +108,16 @@ class Decoder:
         self._decode_batch(rows_B, *memory, records, storage, self._parameters)
 
 
-@cache
-def batch_loop(decode_sample: Any, parallel: bool) -> Any:
-    """The compiled loop that calls `decode_sample` for each sample of a batch.
+_mix = compiled(random.unsigned_mix)
 
-    It runs on numba's threads if `parallel`. A `raise` inside the loop would silently disable them.
-    """
 
-    def decode_batch(indices_B, out_B, keys_B2, status_B1, records, storage, parameters):
-        for b in prange(len(indices_B)):
-            decode_sample(b, indices_B, out_B, keys_B2, status_B1, records, storage, parameters)
-
-    return njit(nogil=True, parallel=parallel, error_model="numpy")(decode_batch)
+@compiled
+def bits(seed, epoch, index, draw):
+    """The same as `pipeline.core.random.bits`, compiled, for four uint64 scalars."""
+    z = _mix(seed + _INCREMENT)
+    z = _mix((z ^ epoch) + _INCREMENT)
+    z = _mix((z ^ index) + _INCREMENT)
+    return _mix((z ^ draw) + _INCREMENT)
 
 
 @compiled

@@ -152,10 +152,10 @@ def apply_operation(pixels_SS3, operation, magnitude, sign):
 
 
 @compiled
-def recolour(pixels_SS3, seed, epoch, index, colour, _, normals):
+def recolour(pixels_SS3, seed, epoch, index, colour, normals):
     """Apply the drawn operations to uint8 pixels in place; none if `colour` is 0.
 
-    `normals`: quantiles of the normal distribution. `_`: the ratios of `erase`, not used here.
+    `normals`: quantiles of the normal distribution.
     """
     for layer in range(LAYERS if colour > 0 else 0):
         if bits(seed, epoch, index, _DRAWS[layer, 0]) >> _S63 == 1:  # with probability 1/2
