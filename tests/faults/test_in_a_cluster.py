@@ -144,7 +144,7 @@ newest = partial(newest_of, every=5)
 
 
 ALL = ("not finite", "exception", "hang", "killed 0", "killed 1", "drift", "driver")
-FEW = tuple(name for name in ALL if name not in ("exception", "killed 1"))
+FEW = ("not finite", "killed 0", "drift", "driver")
 
 
 @pytest.fixture(scope="module", params=[FEW, pytest.param(ALL, marks=pytest.mark.full)], ids=len)
@@ -273,6 +273,8 @@ def test_what_is_not_finite_on_one_worker_is_skipped_by_all(
     }
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("faults", [ALL], ids=len, indirect=True)
 def test_a_loader_that_hangs_is_written_down_and_its_worker_started_again(
     hit: Path, faults: dict[str, tuple[int, int]]
 ) -> None:
