@@ -84,7 +84,7 @@ def probe(
         DataError: the data cannot be read.
     """
     check_recipe(recipe.with_untrained_teacher(), 1)
-    say_stage("reading a batch; a machine compiles its data loader once")
+    say_stage("reading a batch; a machine's first start compiles the data loader")
     bench = Bench(recipe, batch_size=batch_size, threads=threads)
     with bench.running(f"{recipe.name}'s teacher"):
         teacher = measure_teacher(recipe, bench.x_B)

@@ -148,7 +148,7 @@ def sweep(
         "sweep: at_largest needs memory_bytes, to find a largest batch; got None",
     )
     limit = free_bytes(device_here()) if memory_bytes == "free" else memory_bytes
-    say_stage("reading a batch; a machine compiles its data loader once")
+    say_stage("reading a batch; a machine's first start compiles the data loader")
     benches = [
         Bench(replace(recipe, time_steps=each), batch_size=batch_size, threads=threads)
         for each in steps

@@ -128,7 +128,7 @@ def _print_accuracy(
     energy_counter = EnergyCounter(device)
     for index, task in enumerate(loaders.tasks):
         start = time.monotonic()
-        say_stage("evaluating; a machine compiles its data loader once")
+        say_stage("evaluating; a machine's first start compiles the data loader")
         task.choose_head(network)
         with closing(loaders.val(index)) as val_set, computing(device, recipe.precision):
             evaluated.append(

@@ -165,7 +165,7 @@ def predict(
     move_network(network, device)
     recipe = Recipe.read(RunFolder(run).recipe, trust=trust) if run.is_dir() else None
     micro_batch = BATCH if recipe is None else recipe.split(1).micro_batch
-    say_stage("reading the pictures; a machine compiles its data loader once")
+    say_stage("reading the pictures; a machine's first start compiles the data loader")
     with (
         trained.transform.loader(files, micro_batch=micro_batch) as (loader, unreadable),
         computing(device, "fp32" if recipe is None else recipe.precision),

@@ -60,6 +60,8 @@ INHERITED_PREFIXES = (
     "CUBLAS_",
     "TRITON_",
     "TORCHINDUCTOR_",
+    "NUMBA_CACHE_",
+    "XDG_CACHE_",
 )
 
 

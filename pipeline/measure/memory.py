@@ -195,6 +195,8 @@ def hardware(device: torch.device) -> dict[str, Any]:
         "cpu": (
             _proc_field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine()
         ),
+        # The widest that torch's kernels use. Machines of one model name may differ in them.
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(_proc_bytes("/proc/meminfo", "MemTotal:") / 2**30),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",

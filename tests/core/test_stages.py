@@ -46,11 +46,11 @@ def test_the_first_line_comes_before_any_import_that_takes_seconds(words: str) -
         ("launch recipes/fashion/sltt.py --inline", "checking the recipe and its data"),
         (
             "probe recipes/fashion/sltt.py",
-            "reading a batch; a machine compiles its data loader once",
+            "reading a batch; a machine's first start compiles the data loader",
         ),
         (
             "sweep recipes/fashion/sltt.py",
-            "reading a batch; a machine compiles its data loader once",
+            "reading a batch; a machine's first start compiles the data loader",
         ),
         ("verify nowhere", "reading every byte of nowhere"),
     ],

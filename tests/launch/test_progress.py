@@ -27,7 +27,7 @@ START = {
 
 STANDING_BY = "waiting for the workers, which import torch and build the network"
 BEGUN = "start   SLTT on 2 workers, 100 steps of 64 samples, study 01234567, commit abc"
-WAITING = "waiting for the first batch; a machine compiles its data loader once"
+WAITING = "waiting for the first batch; a machine's first start compiles the data loader"
 
 
 def step(number: int, **metrics: Any) -> dict[str, Any]:
@@ -90,6 +90,25 @@ def test_plain_lines_come_every_ten_seconds():
         == "step 1/100  epoch 2/4  12,346 images/s  loss 1.23  top-1 25.00%  320 MB  0:01:39 left"
     )
     assert not any("\x1b" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("precision", "instructions", "gpu", "is_told"),
+    [
+        ("bf16", "AVX2", "none", True),
+        ("bf16", "AVX2 (1 of 2 workers) + AVX512 (1 of 2 workers)", "none", True),
+        ("bf16", "AVX512", "none", False),
+        ("bf16", "AVX2", "an H100", False),
+        ("fp32", "AVX2", "none", False),
+    ],
+)
+def test_processors_that_emulate_bf16_are_told_of(precision, instructions, gpu, is_told):
+    view, out, _ = watch()
+    out.truncate(0)
+    hardware = {"instructions": instructions, "gpu": gpu, "threads": 1}
+    show(view, [{**START, "precision": precision, "hardware": hardware}])
+    told = [line for line in out.getvalue().splitlines() if "bf16" in line or "fp32" in line]
+    assert [len(line) <= 80 for line in told] == [True, True] * is_told
 
 
 def test_everything_else_is_a_line_of_its_own_at_once():

@@ -1,14 +1,16 @@
 """The shared parts of the compiled loops: how they are compiled, the decoder of a batch, random
 numbers.
 
-numba compiles each function at its first call, without fastmath, and saves the loops over a batch
-for later processes of the same machine.
+numba compiles each function at its first call, without fastmath. It saves the loops over a batch
+for later processes with the same sources, numba and kind of processor.
 """
 
 # B batch
 
+import fcntl
 import hashlib
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,48 +20,96 @@ from numba import config, njit
 from numpy.typing import NDArray
 
 from pipeline.core import random
+from pipeline.core.errors import require_data
 
 numba_config: Any = config  # its names have no types
+require_data(
+    not numba_config.DISABLE_JIT,
+    "data: the loops call compiled libraries and must be compiled; got NUMBA_DISABLE_JIT=1",
+)
 
 
 def saved_loops() -> Path | None:
-    """The folder of the compiled functions; None if it cannot be written.
+    """The folder of the compiled loops; None if it cannot be written.
 
     Its name is a hash of every source file that they are made of. numba (0.68.1) itself compiles a
     saved function again only if the function's own file has changed, and not what it calls.
     """
     sources = (*sorted(Path(__file__).parent.glob("*.py")), Path(random.__file__))
     name = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
-    root = numba_config.CACHE_DIR or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
-    folder = Path(root) / "spiketrain" / f"loops-{name}"
+    root = numba_config.CACHE_DIR or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     try:
+        folder = Path(root).expanduser() / "spiketrain" / f"loops-{name}"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+        (folder / "lock").touch()
+    except (OSError, RuntimeError):  # RuntimeError: there is no home
         return None
-    return folder if os.access(folder, os.W_OK) else None
+    return folder
 
 
 FOLDER = saved_loops()
 compiled: Any = njit(nogil=True, error_model="numpy")
 
 
+class _Cache:
+    """numba's cache of a function. Where the cache fails, the function is compiled as if it had
+    none: a full disk or a damaged file ends no run.
+    """
+
+    def __init__(self, numbas: Any, lock: Path) -> None:
+        self._numbas, self._lock = numbas, lock
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._numbas, name)
+
+    def load_overload(self, *words: Any) -> Any:
+        try:
+            return self._numbas.load_overload(*words)
+        except Exception as error:  # a damaged pickle raises almost anything
+            self._warn("loaded", error)
+            return None
+
+    def save_overload(self, *words: Any) -> None:
+        try:
+            # Without the lock, two processes could save two signatures under one number.
+            with self._lock.open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                self._numbas.save_overload(*words)
+        except OSError as error:
+            self._warn("saved", error)
+
+    def _warn(self, what: str, error: Exception) -> None:
+        warnings.warn(
+            f"data: a compiled loop was not {what} in {self._lock.parent}, so each start compiles"
+            f" it ({type(error).__name__}: {error})",
+            stacklevel=2,
+        )
+
+
 def batch_loop(decode_batch: Callable[..., Any], *, parallel: bool, saved: bool = True) -> Any:
     """The compiled loop over a batch, on numba's threads if `parallel`.
 
-    It is saved with all that it calls, unless not `saved`: numba cannot save a call of Python.
-    `decode_batch` must not be a closure over a compiled function, because numba would save it anew
-    in each process. A `raise` inside the loop would silently disable numba's threads.
+    It is saved with all that it calls. `saved=False` is for a loop that calls Python, which numba
+    cannot save. `decode_batch` must not be a closure over a compiled function, because numba would
+    save it anew in each process. A `raise` inside the loop would silently disable numba's threads.
     """
     options: Any = {"nogil": True, "error_model": "numpy", "parallel": parallel}
     if not saved or FOLDER is None:
         return njit(**options)(decode_batch)
     usual = numba_config.CACHE_DIR
     # A folder for each, because numba would load the serial loop as the parallel one.
-    numba_config.CACHE_DIR = str(FOLDER / ("parallel" if parallel else "serial"))
+    folder = FOLDER / ("parallel" if parallel else "serial")
+    numba_config.CACHE_DIR = str(folder)
     try:
-        return njit(**options, cache=True)(decode_batch)
+        loop: Any = njit(**options, cache=True)(decode_batch)
+    except RuntimeError:  # numba found no folder
+        return njit(**options)(decode_batch)
     finally:
         numba_config.CACHE_DIR = usual
+    if folder not in Path(loop.stats.cache_path).parents:  # numba chose another folder
+        return njit(**options)(decode_batch)
+    loop._cache = _Cache(loop._cache, FOLDER / "lock")
+    return loop
 
 
 # Constants are uint64: numba 0.68.1 combines uint64 and int64 to float64.

@@ -54,7 +54,7 @@ class FFCVLoader(BetonLoader):
             self.reader.metadata,
             None,
         )
-        # The loop over a batch is compiled once per process (loops.py). Without this line, FFCV
+        # The loop over a batch is compiled once (loops.py). Without this line, FFCV
         # would also compile, for each loader, the function that calls the loop.
         Compiler.set_enabled(False)
         try:

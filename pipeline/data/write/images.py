@@ -361,7 +361,7 @@ def _fashion_folder(source: Path | None) -> Path:
     try:
         from torchvision.datasets import FashionMNIST
 
-        root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "spiketrain"
+        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "spiketrain"
         return Path(FashionMNIST(str(root), download=True).raw_folder)
     # No torchvision, no network or a full disk: the user has the same choice in each case.
     except Exception as error:
