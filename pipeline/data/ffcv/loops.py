@@ -66,7 +66,7 @@ class _Cache:
         try:
             return self._numbas.load_overload(*words)
         except Exception as error:  # a damaged pickle raises almost anything
-            self._warn("loaded", error)
+            self._warn("load", error)
             return None
 
     def save_overload(self, *words: Any) -> None:
@@ -76,12 +76,12 @@ class _Cache:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 self._numbas.save_overload(*words)
         except OSError as error:
-            self._warn("saved", error)
+            self._warn("save", error)
 
     def _warn(self, what: str, error: Exception) -> None:
         warnings.warn(
-            f"data: a compiled loop was not {what} in {self._lock.parent}, so each start compiles"
-            f" it ({type(error).__name__}: {error})",
+            f"data: numba could not {what} a compiled loop in {self._lock.parent}, and this start"
+            f" compiles it ({type(error).__name__}: {error})",
             stacklevel=2,
         )
 
