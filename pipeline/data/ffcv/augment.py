@@ -83,16 +83,17 @@ class DecodeImages(Decoder):
         parallel: bool,
     ) -> None:
         assert (strong or colour == erase == 0) and not (has_levels and (cutout or erase))
+        is_bicubic = resize == "bicubic" and kind != WINDOW  # a window is not resized
         table = level_table(mean, std)
         levels = np.tile(np.arange(256, dtype=np.uint8), (channels, 1))
         super().__init__(
             name=Images.name,
             what="the JPEG",
             shape=(channels, size, size),
-            decode_batch=LOOPS[strong or resize == "bicubic", parallel],
+            decode_batch=LOOPS[strong or is_bicubic, parallel],
             parameters=(
                 # Arrays, because numba would compile the loop again for each type of a number.
-                np.array([kind, reach, flip, cutout, resize == "bicubic"], np.int64),
+                np.array([kind, reach, flip, cutout, is_bicubic], np.int64),
                 np.array(area, np.float64),
                 ratio_table(ratio),
                 levels if has_levels else table,
@@ -219,20 +220,35 @@ def write_view(out_CSS, view_SS3, seed, epoch, index, parameters):
 
 
 @compiled
+def area_view(pixels_hw3, crop, side, options):
+    """The crop as a view [S,S,3]. One that is no window is resized by areas."""
+    top, left, height, width = crop
+    if options[0] == WINDOW:
+        return crop_window(pixels_hw3, top, left, side)
+    view_SS3 = np.empty((side, side, 3), np.uint8)
+    resize_area(pixels_hw3, top, top + height, left, left + width, view_SS3)
+    return view_SS3
+
+
+@compiled
+def bicubic_view(pixels_hw3, crop, side):
+    """The crop as a view [S,S,3], resized bicubically."""
+    top, left, height, width = crop
+    view_SS3 = np.empty((side, side, 3), np.uint8)
+    resize_bicubic(pixels_hw3, top, top + height, left, left + width, view_SS3)
+    return view_SS3
+
+
+@compiled
 def decode_image(b, indices_B, out_BCSS, keys_B2, status_B1, records, storage, parameters):
     """Decode sample b of the batch to its view `out_BCSS[b]`."""
     options, side = parameters[0], out_BCSS.shape[2]
-    pixels_hw3, (top, left, height, width), (seed, epoch, index) = open_image(
+    pixels_hw3, crop, (seed, epoch, index) = open_image(
         b, indices_B, side, keys_B2, status_B1, records, storage, parameters
     )
-    if status_B1[b, 0] != 0:
-        return
-    if options[0] == WINDOW:
-        view_SS3 = crop_window(pixels_hw3, top, left, side)
-    else:
-        view_SS3 = np.empty((side, side, 3), np.uint8)
-        resize_area(pixels_hw3, top, top + height, left, left + width, view_SS3)
-    write_view(out_BCSS[b], view_SS3, seed, epoch, index, parameters)
+    if status_B1[b, 0] == 0:
+        view_SS3 = area_view(pixels_hw3, crop, side, options)
+        write_view(out_BCSS[b], view_SS3, seed, epoch, index, parameters)
 
 
 @compiled
@@ -240,23 +256,17 @@ def decode_any_image(b, indices_B, out_BCSS, keys_B2, status_B1, records, storag
     """`decode_image` with bicubic resizing, recolouring and erasing, which compile for longer."""
     options, side = parameters[0], out_BCSS.shape[2]
     strengths, ratios, normals = parameters[4], parameters[5], parameters[6]
-    pixels_hw3, (top, left, height, width), (seed, epoch, index) = open_image(
+    pixels_hw3, crop, (seed, epoch, index) = open_image(
         b, indices_B, side, keys_B2, status_B1, records, storage, parameters
     )
-    if status_B1[b, 0] != 0:
-        return
-    if options[0] == WINDOW:
-        view_SS3 = crop_window(pixels_hw3, top, left, side)
-    else:
-        view_SS3 = np.empty((side, side, 3), np.uint8)
-        bottom, right = top + height, left + width
+    if status_B1[b, 0] == 0:
         if options[4]:
-            resize_bicubic(pixels_hw3, top, bottom, left, right, view_SS3)
+            view_SS3 = bicubic_view(pixels_hw3, crop, side)
         else:
-            resize_area(pixels_hw3, top, bottom, left, right, view_SS3)
-    strong_augment.recolour(view_SS3, seed, epoch, index, strengths[0], normals)
-    write_view(out_BCSS[b], view_SS3, seed, epoch, index, parameters)
-    strong_augment.erase(out_BCSS[b], seed, epoch, index, strengths[1], ratios, normals)
+            view_SS3 = area_view(pixels_hw3, crop, side, options)
+        strong_augment.recolour(view_SS3, seed, epoch, index, strengths[0], normals)
+        write_view(out_BCSS[b], view_SS3, seed, epoch, index, parameters)
+        strong_augment.erase(out_BCSS[b], seed, epoch, index, strengths[1], ratios, normals)
 
 
 def decode_images(indices_B, out_BCSS, keys_B2, status_B1, records, storage, parameters):
