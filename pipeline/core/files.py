@@ -81,6 +81,15 @@ def lock_within(file: IO[Any], seconds: float) -> bool:
         time.sleep(0.05)
 
 
+def cache_folder() -> Path:
+    """The user's folder for what can be made or fetched again.
+
+    Raises:
+        RuntimeError: the user has no home, and $XDG_CACHE_HOME is not set.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "spiketrain"
+
+
 def is_name(text: str) -> bool:
     """Whether `text` is a plain file name, not a path to another folder."""
     return Path(text).name == text and text.strip() not in ("", ".", "..")

@@ -7,9 +7,7 @@ for later processes with the same sources, numba and kind of processor.
 
 # B batch
 
-import fcntl
 import hashlib
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 
 from pipeline.core import random
 from pipeline.core.errors import require_data
+from pipeline.core.files import cache_folder, lock_within
 
 numba_config: Any = config  # its names have no types
 require_data(
@@ -37,9 +36,10 @@ def saved_loops() -> Path | None:
     """
     sources = (*sorted(Path(__file__).parent.glob("*.py")), Path(random.__file__))
     name = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
-    root = numba_config.CACHE_DIR or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    numbas = numba_config.CACHE_DIR  # $NUMBA_CACHE_DIR
     try:
-        folder = Path(root).expanduser() / "spiketrain" / f"loops-{name}"
+        root = Path(numbas).expanduser() / "spiketrain" if numbas else cache_folder()
+        folder = root / f"loops-{name}"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "lock").touch()
     except (OSError, RuntimeError):  # RuntimeError: there is no home
@@ -48,6 +48,7 @@ def saved_loops() -> Path | None:
 
 
 FOLDER = saved_loops()
+LOCK_TIMEOUT_S = 10.0
 compiled: Any = njit(nogil=True, error_model="numpy")
 
 
@@ -73,7 +74,8 @@ class _Cache:
         try:
             # Without the lock, two processes could save two signatures under one number.
             with self._lock.open("a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+                if not lock_within(lock, LOCK_TIMEOUT_S):
+                    raise TimeoutError("another process holds its lock")
                 self._numbas.save_overload(*words)
         except OSError as error:
             self._warn("save", error)
@@ -94,8 +96,9 @@ def batch_loop(decode_batch: Callable[..., Any], *, parallel: bool, saved: bool 
     save it anew in each process. A `raise` inside the loop would silently disable numba's threads.
     """
     options: Any = {"nogil": True, "error_model": "numpy", "parallel": parallel}
+    unsaved = njit(**options)(decode_batch)
     if not saved or FOLDER is None:
-        return njit(**options)(decode_batch)
+        return unsaved
     usual = numba_config.CACHE_DIR
     # A folder for each, because numba would load the serial loop as the parallel one.
     folder = FOLDER / ("parallel" if parallel else "serial")
@@ -103,11 +106,11 @@ def batch_loop(decode_batch: Callable[..., Any], *, parallel: bool, saved: bool 
     try:
         loop: Any = njit(**options, cache=True)(decode_batch)
     except RuntimeError:  # numba found no folder
-        return njit(**options)(decode_batch)
+        return unsaved
     finally:
         numba_config.CACHE_DIR = usual
     if folder not in Path(loop.stats.cache_path).parents:  # numba chose another folder
-        return njit(**options)(decode_batch)
+        return unsaved
     loop._cache = _Cache(loop._cache, FOLDER / "lock")
     return loop
 

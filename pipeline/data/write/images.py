@@ -29,6 +29,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from pipeline.core.code_version import NOT_INSTALLED, installed_version
 from pipeline.core.errors import DataError, require_data
+from pipeline.core.files import cache_folder
 from pipeline.core.random import bits
 from pipeline.core.units import first_few
 from pipeline.data.ffcv.format import JPG, RAW, Images
@@ -361,8 +362,7 @@ def _fashion_folder(source: Path | None) -> Path:
     try:
         from torchvision.datasets import FashionMNIST
 
-        root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "spiketrain"
-        return Path(FashionMNIST(str(root), download=True).raw_folder)
+        return Path(FashionMNIST(str(cache_folder()), download=True).raw_folder)
     # No torchvision, no network or a full disk: the user has the same choice in each case.
     except Exception as error:
         raise DataError(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.core import random
+from pipeline.core.files import lock_within
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv import augment, event_frames, loops
 
@@ -118,6 +119,18 @@ def test_a_cache_that_fails_ends_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.warns(UserWarning, match="could not save .* No space left"):
         loop(numbers)
     assert numbers.tolist() == [16, 16]
+
+
+def test_a_lock_that_another_process_holds_is_not_waited_for_forever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loops, "FOLDER", tmp_path)
+    monkeypatch.setattr(loops, "LOCK_TIMEOUT_S", 0.1)
+    with (tmp_path / "lock").open("a") as held:
+        assert lock_within(held, 0)
+        with pytest.warns(UserWarning, match="could not save .* another process holds its lock"):
+            made()(np.ones(2))
+    assert not list(tmp_path.rglob("*.nbc"))
 
 
 def full(*_: object) -> None:
