@@ -45,6 +45,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from pipeline.core.checks import require
+from pipeline.core.torch_settings import seed_torch
 from pipeline.core.units import first_few
 from pipeline.models.foreign.wrap import ACCEPTED
 from pipeline.rules.base import refuse_whole_sequence_modules
@@ -155,7 +156,7 @@ class _Run:
         for name, module in _by_name(network).items():
             module.register_forward_pre_hook(partial(self._enter, name), with_kwargs=True)
             module.register_forward_hook(self._leave)
-        torch.manual_seed(seed)
+        seed_torch(seed)
         x_TB = x_TB if is_static(x_TB) else x_TB.clone()  # the network may overwrite it
         try:
             with torch.set_grad_enabled(has_graph), fresh_state(network):
@@ -311,7 +312,7 @@ class _Alone:
         }
 
     def outputs(self) -> list[Tensor]:
-        torch.manual_seed(0)
+        seed_torch(0)
         module, outputs = _copy(self.module), list[list[Tensor]]()
         leaves, form = tree_flatten(self.call.arguments)
         places = [at for at, leaf in enumerate(leaves) if _floats(leaf)]

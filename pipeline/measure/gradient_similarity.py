@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
+from pipeline.core.torch_settings import seed_torch
 from pipeline.rules.base import LossFn, OverTime, Rule, World
 from pipeline.spiking.dropout import Dropout
 
@@ -76,7 +77,7 @@ def gradients(
         for index in range(step, step + batches):
             network.zero_grad()
             with torch.random.fork_rng([x_TB.device] if x_TB.is_cuda else []):
-                torch.manual_seed(world.seed)
+                seed_torch(world.seed)
                 for term in rule.loss_terms(network, x_TB, make_loss(), step=index):
                     if term.backward is not None:
                         term.backward.backward()

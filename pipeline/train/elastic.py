@@ -21,13 +21,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
 from timm.layers.drop import DropPath
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from pipeline.core.checks import require
 from pipeline.core.random import counter_hash
+from pipeline.core.torch_settings import seed_torch
 from pipeline.core.units import counted
 from pipeline.data.mixing import Mixing
 from pipeline.recipe.recipe import Recipe, Split
@@ -117,7 +117,7 @@ def seed_everything(seed: int) -> None:
     """Seed the global generators of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  (a user's own parts may use it)
-    torch.manual_seed(seed)
+    seed_torch(seed)
 
 
 def seed_micro_batch(seed: int, *, step: int, first_row: int) -> None:
