@@ -101,6 +101,9 @@ def _role(role: Role, *, minimum: float | None = None) -> dict[str, Any]:
     return {"role": role, "minimum": minimum}
 
 
+_field_types = functools.cache(typing.get_type_hints)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Fields:
     """A frozen value that checks the types and lower bounds of its own fields."""
@@ -108,7 +111,7 @@ class _Fields:
     prefix: typing.ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = _field_types(type(self))
         for each in dataclasses.fields(self):
             value, name = getattr(self, each.name), self.prefix + each.name
             if not admits(hints[each.name], value):

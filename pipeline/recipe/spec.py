@@ -1,6 +1,7 @@
 """A buildable part of a recipe: a callable with keywords that its signature accepts."""
 
 import dataclasses
+import functools
 import inspect
 import os
 import types
@@ -29,7 +30,7 @@ class Spec:
             for key, value in self.kwargs.items()
         }
         require(callable(self.target), f"spec: the target must be callable; got {self.target!r}")
-        parameters = inspect.signature(self.target).parameters.values()
+        parameters = _signature(self.target).parameters.values()
         accepts_any = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters)
         accepted, hints = _keywords(self.target), _hints(self.target)
         subject = getattr(self.target, "__name__", "")
@@ -61,7 +62,7 @@ class Spec:
             for key, value in self.kwargs.items()
         } | runtime_kwargs
         try:
-            inspect.signature(self.target).bind(*args, **kwargs)
+            _signature(self.target).bind(*args, **kwargs)
         except TypeError as error:
             raise ValueError(
                 f"{self.target.__name__}: {error}; it accepts {keywords_text(self.target)}"
@@ -114,15 +115,22 @@ def referred(path: str | os.PathLike[str]) -> str | None:
 
 def _keywords(target: Callable[..., Any]) -> list[str]:
     by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [
-        name for name, each in inspect.signature(target).parameters.items() if each.kind in by_name
-    ]
+    return [name for name, each in _signature(target).parameters.items() if each.kind in by_name]
 
 
 def keywords_text(target: Callable[..., Any], prefix: str = "") -> str:
     return ", ".join(prefix + name for name in _keywords(target)) or "none"
 
 
+# The launch of a suite of recipes looks both up thousands of times.
+
+
+@functools.lru_cache(512)
+def _signature(target: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(target)
+
+
+@functools.lru_cache(512)
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
