@@ -39,7 +39,6 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from pipeline.spiking.error_feedback import FixedFeedback
@@ -110,9 +109,7 @@ class Operations(TorchDispatchMode, Pausable):
     ) -> Any:
         kwargs = kwargs or {}
         count = _COUNTERS.get(func.overloadpacket)
-        if count is None and func.has_kernel_for_dispatch_key(
-            torch._C.DispatchKey.CompositeImplicitAutograd
-        ):
+        if count is None and _is_composed(func):
             with self:  # only in inference mode: the operation is composed of others
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
@@ -122,7 +119,7 @@ class Operations(TorchDispatchMode, Pausable):
                     count(self, *args, **kwargs)
             elif func.overloadpacket in _NOT_COUNTED:
                 self.not_counted.add(func.overloadpacket.__name__)
-        self._update_weights(func, (args, kwargs), result)
+        self._update_weights(func, (*args, *kwargs.values()), result)
         return result
 
     def add(
@@ -187,8 +184,19 @@ class Operations(TorchDispatchMode, Pausable):
                     self._weights.pop(address, None)
 
 
-def tensors_in(values: Any) -> list[Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+@functools.cache
+def _is_composed(func: Any) -> bool:
+    """Whether torch composes an operation of others, in inference mode too."""
+    return func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd)
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments or the results of an operation."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for each in values:
+            yield from tensors_in(each)
 
 
 # -------------------------------------------------------------------------------- torch's operators
