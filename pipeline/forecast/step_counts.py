@@ -83,12 +83,10 @@ class KernelLog(TorchDispatchMode, Pausable):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         moves_nothing = func.is_view or func.namespace == "prim" or func.overloadpacket in _FREE
-        has_tensors = any(True for _ in tensors_in(result))
-        if not self.is_paused and not moves_nothing and has_tensors:
+        if not self.is_paused and not moves_nothing and any(True for _ in tensors_in(result)):
             count = flop_registry.get(func.overloadpacket)
             flops = count(*args, **kwargs, out_val=result) if count is not None else 0
-            tensors = (*args, *kwargs.values(), result)
-            self.operations.append(Operation(int(flops), _moved_bytes(tensors)))
+            self.operations.append(Operation(int(flops), _moved_bytes([args, kwargs, result])))
         return result
 
     @property

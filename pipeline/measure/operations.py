@@ -119,7 +119,7 @@ class Operations(TorchDispatchMode, Pausable):
                     count(self, *args, **kwargs)
             elif func.overloadpacket in _NOT_COUNTED:
                 self.not_counted.add(func.overloadpacket.__name__)
-        self._update_weights(func, (*args, *kwargs.values()), result)
+        self._update_weights(func, (args, kwargs), result)
         return result
 
     def add(
@@ -194,8 +194,8 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
     """The tensors among the arguments or the results of an operation."""
     if isinstance(values, Tensor):
         yield values
-    elif isinstance(values, (list, tuple)):
-        for each in values:
+    elif isinstance(values, (list, tuple, dict)):
+        for each in values.values() if isinstance(values, dict) else values:
             yield from tensors_in(each)
 
 

@@ -39,6 +39,7 @@ from pipeline.recipe.spec import (
     keywords_text,
     referred,
     spec,
+    type_hints,
     type_name,
 )
 
@@ -101,9 +102,6 @@ def _role(role: Role, *, minimum: float | None = None) -> dict[str, Any]:
     return {"role": role, "minimum": minimum}
 
 
-_field_types = functools.cache(typing.get_type_hints)
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Fields:
     """A frozen value that checks the types and lower bounds of its own fields."""
@@ -111,7 +109,7 @@ class _Fields:
     prefix: typing.ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        hints = _field_types(type(self))
+        hints = type_hints(type(self))
         for each in dataclasses.fields(self):
             value, name = getattr(self, each.name), self.prefix + each.name
             if not admits(hints[each.name], value):

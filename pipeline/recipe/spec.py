@@ -13,6 +13,10 @@ from typing import Any, Literal
 
 from pipeline.core.checks import require
 
+# The launch of a suite of recipes looks both up thousands of times.
+_signature = functools.lru_cache(512)(inspect.signature)
+type_hints = functools.lru_cache(512)(typing.get_type_hints)
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -122,18 +126,9 @@ def keywords_text(target: Callable[..., Any], prefix: str = "") -> str:
     return ", ".join(prefix + name for name in _keywords(target)) or "none"
 
 
-# The launch of a suite of recipes looks both up thousands of times.
-
-
-@functools.lru_cache(512)
-def _signature(target: Callable[..., Any]) -> inspect.Signature:
-    return inspect.signature(target)
-
-
-@functools.lru_cache(512)
 def _hints(target: Callable[..., Any]) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
+        return type_hints(target.__init__ if inspect.isclass(target) else target)
     except (NameError, TypeError, AttributeError):
         return {}  # only a type checker can resolve the annotations, so values are not checked
 
@@ -151,7 +146,7 @@ def arguments_of(
         ValueError: the value is not an object, or a field is missing, unknown or of another type.
     """
     require(isinstance(value, Mapping), f"{subject}: must be an object; got {value!r}")
-    hints = typing.get_type_hints(cls)
+    hints = type_hints(cls)
     known = {each.name: each for each in dataclasses.fields(cls) if each.name not in besides}
     for name, item in value.items():
         require(
