@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tests.helpers.lab import Driven, Lab
     from tests.helpers.small import Command, Done, Refused
 
+gc.set_threshold(700, 10, 1000)  # as pipeline/__main__.py sets it, before the imports
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault(
