@@ -94,6 +94,8 @@ class DeepSpeed(Backend):
         clip_norm: float = 0.0,
     ) -> None:
         deepspeed = import_deepspeed()
+        if zero:
+            _import_muon()
         scalars = [name for name, p in network.named_parameters() if p.dim() == 0]
         require(  # 0.19.8 would fail in its broadcast, without the parameter's name
             not scalars,
@@ -228,3 +230,13 @@ def import_deepspeed() -> Any:
 
     extensions["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _import_muon() -> None:
+    """Import DeepSpeed's Muon, as ZeRO does to see whether it is the optimizer (0.19.8).
+
+    Its functions are decorated with `torch.compile`, which imports torch's compiler: 1.5 s in every
+    worker at every start. With this variable the decorator does nothing.
+    """
+    with patch.dict(os.environ, TORCHDYNAMO_DISABLE="1"):
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
