@@ -35,6 +35,7 @@ from ray.train.torch.config import (
     _setup_torch_process_group,
     _TorchBackend,
 )
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
@@ -94,6 +95,11 @@ class Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **options: Any) -> Any:
         return super()._initialize_and_run_controller(**{**options, **self._policies})
+
+    def _create_default_callbacks(self) -> list[Any]:
+        # This one starts a process at each attempt, for data sets of Ray's (2.60).
+        callbacks = super()._create_default_callbacks()
+        return [each for each in callbacks if not isinstance(each, DatasetsCallback)]
 
 
 class LoopbackConfig(TorchConfig):

@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupTimeoutError,
     WorkerHealthCheckFailedError,
@@ -402,3 +403,13 @@ def test_a_wait_in_vain_ends_the_run(tmp_path: Path) -> None:
     assert not restarts.waits_for_nodes and isinstance(
         trainer._policies["scaling_policy"], Resizing
     )  # which does
+
+
+def test_no_process_is_started_for_data_sets_of_rays(tmp_path: Path) -> None:
+    """Each attempt would start one, whose imports compute for 2 s."""
+    trainer = Trainer(lambda: None, sizes=(2,), folder=tmp_path, waits_for_nodes=False)
+    rays, ours = (
+        {type(each).__name__ for each in create(trainer)}
+        for create in (TorchTrainer._create_default_callbacks, Trainer._create_default_callbacks)
+    )
+    assert rays - ours == {"DatasetsCallback"}
