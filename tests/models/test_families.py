@@ -42,9 +42,14 @@ FAMILIES |= {
 FAMILIES |= {name: partial(build, over="step") for name, build in TRANSFORMERS.items()}
 
 
+full = partial(pytest.param, marks=pytest.mark.full)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("still", [False, True])
-@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize(
+    ("mode", "still"),
+    [("eval", True), ("train", False), full("eval", False), full("train", True)],
+)
 def test_slices_equal_the_whole(family, mode, still):
     model = FAMILIES[family]().double().train(mode == "train")
     x_TBCHW = torch.randn(3, 2, 3, 33, 32, dtype=torch.float64)

@@ -463,11 +463,18 @@ def ide_by_hand(
     return {"inputs.weight": g_BC.T @ x_BC, "lateral.weight": g_BC.T @ r, "readout.weight": e.T @ r}
 
 
-@pytest.mark.parametrize("steps", [pytest.param(6, marks=pytest.mark.full), 20])
-@pytest.mark.parametrize("decay", [0.5, 0.9])
-@pytest.mark.parametrize(
-    ("build", "of_rates"), [(feed_forward, dsr_by_hand), (Recurrent, ide_by_hand)]
-)
+DESCENTS = [
+    pytest.param(*network, decay, steps, marks=() if (steps, decay) == quick else pytest.mark.full)
+    for *network, quick in (
+        (feed_forward, dsr_by_hand, (20, 0.5)),
+        (Recurrent, ide_by_hand, (20, 0.9)),
+    )
+    for decay in (0.5, 0.9)
+    for steps in (6, 20)
+]
+
+
+@pytest.mark.parametrize(("build", "of_rates", "decay", "steps"), DESCENTS)
 def test_it_descends_where_the_rates_do(build, of_rates, decay, steps):
     for seed in range(NETWORKS):
         model, x_BC, target = drawn(build(decay), seed)

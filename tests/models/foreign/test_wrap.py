@@ -139,9 +139,12 @@ RULES: dict[str, Callable[[], Rule]] = {
 }
 
 
-# BPTT recomputes a large network for seconds.
+# A large network, which has batch norm, learns for seconds under each rule.
 TRAINED = [
-    (case, rule)
+    pytest.param(
+        *(case, rule),
+        marks=[pytest.mark.full] if case.has_batch_norm and "BPTT" in rule else [],
+    )
     for case in (*CASES, POOLED)
     for rule in RULES
     if not (case.has_batch_norm and rule == "BPTT-recompute")
