@@ -16,10 +16,11 @@ from pipeline.spiking.kernels import operators
 
 
 @pytest.mark.parametrize(
-    "part", [0, *(pytest.param(part, marks=pytest.mark.full) for part in range(1, 12))]
+    ("part", "parts"),
+    [(0, 48), *(pytest.param(part, 12, marks=pytest.mark.full) for part in range(12))],
 )
-def test_in_the_interpreter_spikes_have_eagers_bits(part: int):
-    words = [sys.executable, "-m", "tests.helpers.triton_cases", str(part), "12"]
+def test_in_the_interpreter_spikes_have_eagers_bits(part: int, parts: int):
+    words = [sys.executable, "-m", "tests.helpers.triton_cases", str(part), str(parts)]
     ran = subprocess.run(
         words, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
