@@ -7,21 +7,18 @@ for later processes with the same sources, numba and kind of processor.
 
 # B batch
 
-import hashlib
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import config, njit
+from numba import njit
 from numpy.typing import NDArray
 
 from pipeline.core import random
 from pipeline.core.errors import require_data
-from pipeline.core.files import cache_folder, lock_within
+from pipeline.core.saved_loops import folder_of, numba_config, saved_in
 
-numba_config: Any = config  # its names have no types
 require_data(
     not numba_config.DISABLE_JIT,
     "data: the loops call compiled libraries and must be compiled; got NUMBA_DISABLE_JIT=1",
@@ -29,63 +26,13 @@ require_data(
 
 
 def saved_loops() -> Path | None:
-    """The folder of the compiled loops; None if it cannot be written.
-
-    Its name is a hash of every source file that they are made of. numba (0.68.1) itself compiles a
-    saved function again only if the function's own file has changed, and not what it calls.
-    """
+    """The folder of the compiled loops; None if it cannot be written."""
     sources = (*sorted(Path(__file__).parent.glob("*.py")), Path(random.__file__))
-    name = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
-    numbas = numba_config.CACHE_DIR  # $NUMBA_CACHE_DIR
-    try:
-        root = Path(numbas).expanduser() / "spiketrain" if numbas else cache_folder()
-        folder = root / f"loops-{name}"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "lock").touch()
-    except (OSError, RuntimeError):  # RuntimeError: there is no home
-        return None
-    return folder
+    return folder_of("loops", sources)
 
 
 FOLDER = saved_loops()
-LOCK_TIMEOUT_S = 10.0
 compiled: Any = njit(nogil=True, error_model="numpy")
-
-
-class _Cache:
-    """numba's cache of a function. Where the cache fails, the function is compiled as if it had
-    none: a full disk or a damaged file ends no run.
-    """
-
-    def __init__(self, numbas: Any, lock: Path) -> None:
-        self._numbas, self._lock = numbas, lock
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._numbas, name)
-
-    def load_overload(self, *words: Any) -> Any:
-        try:
-            return self._numbas.load_overload(*words)
-        except Exception as error:  # a damaged pickle raises almost anything
-            self._warn("load", error)
-            return None
-
-    def save_overload(self, *words: Any) -> None:
-        try:
-            # Without the lock, two processes could save two signatures under one number.
-            with self._lock.open("a") as lock:
-                if not lock_within(lock, LOCK_TIMEOUT_S):
-                    raise TimeoutError("another process holds its lock")
-                self._numbas.save_overload(*words)
-        except OSError as error:
-            self._warn("save", error)
-
-    def _warn(self, what: str, error: Exception) -> None:
-        warnings.warn(
-            f"data: numba could not {what} a compiled loop in {self._lock.parent}, and this start"
-            f" compiles it ({type(error).__name__}: {error})",
-            stacklevel=2,
-        )
 
 
 def batch_loop(decode_batch: Callable[..., Any], *, parallel: bool, saved: bool = True) -> Any:
@@ -95,24 +42,9 @@ def batch_loop(decode_batch: Callable[..., Any], *, parallel: bool, saved: bool 
     cannot save. `decode_batch` must not be a closure over a compiled function, because numba would
     save it anew in each process. A `raise` inside the loop would silently disable numba's threads.
     """
-    options: Any = {"nogil": True, "error_model": "numpy", "parallel": parallel}
-    unsaved = njit(**options)(decode_batch)
-    if not saved or FOLDER is None:
-        return unsaved
-    usual = numba_config.CACHE_DIR
     # A folder for each, because numba would load the serial loop as the parallel one.
-    folder = FOLDER / ("parallel" if parallel else "serial")
-    numba_config.CACHE_DIR = str(folder)
-    try:
-        loop: Any = njit(**options, cache=True)(decode_batch)
-    except RuntimeError:  # numba found no folder
-        return unsaved
-    finally:
-        numba_config.CACHE_DIR = usual
-    if folder not in Path(loop.stats.cache_path).parents:  # numba chose another folder
-        return unsaved
-    loop._cache = _Cache(loop._cache, FOLDER / "lock")
-    return loop
+    folder = FOLDER / ("parallel" if parallel else "serial") if saved and FOLDER else None
+    return saved_in(folder, decode_batch, nogil=True, error_model="numpy", parallel=parallel)
 
 
 # Constants are uint64: numba 0.68.1 combines uint64 and int64 to float64.

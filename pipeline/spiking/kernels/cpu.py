@@ -12,10 +12,11 @@ The arithmetic is torch's, operation by operation, so spikes and membranes have 
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
+from pipeline.core.saved_loops import folder_of, saved_in
 from pipeline.spiking.kernels.max_pool import new_pooled
 from pipeline.spiking.kernels.neuron import Constants
 from pipeline.spiking.kernels.operators import (
@@ -38,9 +40,9 @@ _intrinsic: Any = intrinsic  # numba's types are of what is compiled
 BLOCK = 16384  # neurons; their values of one time step take 64 kB, long enough to be prefetched
 MIN_PER_THREAD = 1 << 15  # values; fewer take less time than to wake a thread
 
-compiled: Callable[[Callable[..., Any]], Callable[..., Any]] = njit(
-    nogil=True, cache=True, error_model="numpy"
-)
+_options: Any = {"nogil": True, "error_model": "numpy"}
+inlined = njit(**_options)  # saved with the kernels that call it
+compiled: Any = partial(saved_in, folder_of("kernels", [Path(__file__)]), **_options)
 
 
 # ------------------------------------------------------------------------------------------ scalars
@@ -103,7 +105,7 @@ def _exp_of(x: Any) -> Any:
 # ------------------------------------------------------------------------------------------ forward
 
 
-@compiled
+@inlined
 def _after_reset(u, v, threshold, margin, reset, subtract):
     if reset == 0:
         zero = threshold - threshold
@@ -170,7 +172,7 @@ def _forward(
 # ----------------------------------------------------------------------------------------- backward
 
 
-@compiled
+@inlined
 def _times_derivative(g, u, threshold, surrogate, a, b):
     """Multiply `g` by the derivative of the surrogate."""
     zero, one = threshold - threshold, a / a
@@ -593,7 +595,7 @@ def _max_pool(
                 at[begin + i] = most_at[i]
 
 
-@compiled
+@inlined
 def _more(most, most_at, x, x_at, stride, is_first):
     """Replace `most` by every `stride`-th number of `x` where that is more, or as much but earlier
     in the image.

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.core import random
+from pipeline.core import random, saved_loops
 from pipeline.core.files import lock_within
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv import augment, event_frames, loops
@@ -51,7 +51,7 @@ def test_every_loop_has_one_name_and_its_own_folder_of_threads():
 
 def test_another_source_has_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(loops.numba_config, "CACHE_DIR", "")
+    monkeypatch.setattr(saved_loops.numba_config, "CACHE_DIR", "")
     copy = tmp_path / "ffcv"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("__pycache__"))
     usual = loops.saved_loops()
@@ -71,7 +71,7 @@ def test_where_no_folder_can_be_written_each_process_compiles(
 ):
     (tmp_path / "cache").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(loops.numba_config, "CACHE_DIR", "")
+    monkeypatch.setattr(saved_loops.numba_config, "CACHE_DIR", "")
     assert loops.saved_loops() is None
     assert made(saved=True).stats.cache_path is not None
     assert made(saved=False).stats.cache_path is None
@@ -125,8 +125,9 @@ def test_a_lock_that_another_process_holds_is_not_waited_for_forever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(loops, "FOLDER", tmp_path)
-    monkeypatch.setattr(loops, "LOCK_TIMEOUT_S", 0.1)
-    with (tmp_path / "lock").open("a") as held:
+    monkeypatch.setattr(saved_loops, "LOCK_TIMEOUT_S", 0.1)
+    (tmp_path / "serial").mkdir()
+    with (tmp_path / "serial/lock").open("a") as held:
         assert lock_within(held, 0)
         with pytest.warns(UserWarning, match="could not save .* another process holds its lock"):
             made()(np.ones(2))

@@ -1,12 +1,15 @@
 """The numba kernels of neurons against eager torch, and what stands around them."""
 
+import runpy
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from unittest.mock import Mock, patch
 
 import pytest
 import torch
 from torch import Tensor
 
+from pipeline.core import saved_loops
 from pipeline.spiking.encode import repeat
 from pipeline.spiking.kernels import cpu, operators, packing
 from pipeline.spiking.kernels.scaled_add import scaled_add
@@ -36,6 +39,18 @@ def test_spikes_have_the_same_bits_and_gradients_their_rounding(neuron, dtype):
             x_TB = x_TB.to(dtype)
             g_TB = torch.randn(case.steps, 3, 701).to(dtype)
             assert_eagers(case, x_TB, g_TB, BOUNDS[dtype])
+
+
+def test_where_no_folder_can_be_written_each_process_compiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """numba itself would refuse to compile them, for a user without a home."""
+    assert Path(cpu._forward.stats.cache_path).is_dir()
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(saved_loops.numba_config, "CACHE_DIR", "")
+    again = runpy.run_path(cpu.__file__)
+    assert again["_forward"].stats.cache_path is None
 
 
 @pytest.mark.parametrize("order", ORDERS)
