@@ -457,7 +457,13 @@ def test_it_leaves_network_and_random_state_as_they_are() -> None:
     assert {len(module._forward_hooks) for module in network.modules()} == {0}
 
 
-@pytest.mark.parametrize("name", SOUND)
+@pytest.mark.parametrize(
+    "name",  # of four networks one quick seed is in test_planted_faults.py
+    [
+        pytest.param(name, marks=[pytest.mark.full] if name in ("vgg", "nf", "sew", "ms") else [])
+        for name in SOUND
+    ],
+)
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(s, marks=pytest.mark.full) for s in range(1, 20))]
 )

@@ -3,7 +3,7 @@
 import pytest
 import snntorch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline import wrap
 from pipeline.measure.check import check
@@ -12,6 +12,11 @@ from pipeline.spiking.synapse import Linear
 from tests.helpers.planted_faults import FAULTS, PUBLISHED_QKFORMER, SOUND, drawn, images
 
 SEEDS = (0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 20)))
+
+
+def small(x: Tensor) -> Tensor:
+    """Images of 16 pixels; other inputs as they are."""
+    return x[..., :16, :16]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -24,7 +29,7 @@ def test_a_planted_fault_is_found_at_its_module(fault: str) -> None:
 
 def test_the_projection_neuron_of_the_published_qkformer_is_found() -> None:
     torch.manual_seed(0)
-    verdicts = check(PUBLISHED_QKFORMER.build(), images())
+    verdicts = check(PUBLISHED_QKFORMER.build(), small(images()))
     [fault] = [each for each in verdicts if each.state == "fault"]
     assert (fault.question, fault.module) == ("batch", PUBLISHED_QKFORMER.module)
 
@@ -50,4 +55,4 @@ def test_a_few_neurons_are_seen_to_carry_their_membrane(lif: LIF) -> None:
 def test_a_sound_network_has_no_fault(name: str, seed: int) -> None:
     torch.manual_seed(seed)
     build, draw = SOUND[name]
-    assert not [each for each in check(build(), draw()) if each.state == "fault"]
+    assert not [each for each in check(build(), small(draw())) if each.state == "fault"]

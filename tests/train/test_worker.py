@@ -44,69 +44,50 @@ from tests.helpers.small import (
 )
 from tests.recipe.test_recipe import RECIPES
 
-# Recipes that call the functions of a smaller or another one with other sizes, or many times, and
-# nothing else new: of 384 channels or 50 layers, of recipes/stamps, of ten classes in the place of
-# a hundred, of still images in the place of recordings; and those whose network trains here by
-# another rule, and whose rule on another network.
-REPEATED = (
-    *(
-        "qkformer_10_384_bptt",
-        "qkformer_10_384_sltt",
-        "nf_resnet34_ottt",
-        "nf_resnet34_t1",
-        "nf_resnet50_t1",
-        "preact18_ann",
-    ),
-    *("cifar10_dsr_lif", "cifar10_ottt_o", "cifar10dvs_dsr", "cifar10dvs_sltt"),
-    *(
-        "qkformer_10_512_",
-        "qkformer_10_768_",
-        "qkformer_10_384_sei_",
-        "ms_resnet34_sei_",
-        "nf_resnet101_",
-        "sei_fashion",
-        "credit_flashes",
-        "memory_budget",
-    ),
-    "tuned_fashion",
-    *(
-        "claims_fashion",
-        "rules_fashion",
-        "nf_resnet34_sltt",
-        "cifar10_cifarnet_f_spide",
-        "cifar10dvs_ottt",
-    ),
-    *("qkformer_10_384_sws_ottt", "gesture_opzo_ll"),
-    *(
-        "cifar100_opzo",
-        "cifar100_cifarnet_f",
-        "cifar100_ottt",
-        "cifar100_dsr",
-        "cifar100_sltt",
-        "cifar10dvs_spide",
-    ),
-    # 1.3 to 8 s each; their rules and families train in other recipes
-    *("nf_resnet50_sltt", "cifar10_cifarnet_f_ide", "preact18_dsr", "ms_resnet_sei_bw"),
-    *("cifar10_alexnet_f_ide", "cifar10_dsr_if", "cifar10_opzo.", "cifar10_ottt_a", "ide_bptt"),
-    *("spide_ide", "qkformer_sei_bw", "qkformer_bptt", "qkformer_sltt_k1"),
-    "gesture_sltt_k",
-    *(f"permuted_fashion_hlop_{inner}" for inner in ("bptt", "dsr", "ottt")),
-    "cifar100_vgg_f_ottt",
+# The quick tier trains, of each rule with its options, network, neuron, kind of samples, of phases
+# and of precision, the fastest recipe that has it. The others repeat these in other sizes and
+# combinations, or have parts that other tests train: NF- and MS-ResNet, 1-bit weights, teachers,
+# HLOP around other rules.
+QUICK = (
+    *("cifar/cifar10_alexnet_f_spide", "cifar/cifar10_sltt"),  # convnet_f; PreAct-ResNet in bf16
+    *("continual/permuted_fashion_hlop_sltt", "continual/split_fashion_hlop_sltt"),
+    *("events/moving_ottt", "events/nmnist_ide"),  # recordings; a feedback of convolutions
+    *("fashion/ann", "fashion/bptt_recompute", "fashion/dfa", "fashion/dsr_if_bptt"),
+    *("fashion/dsr_lif", "fashion/ide", "fashion/opzo_fc", "fashion/opzo_ll", "fashion/ottt_o"),
+    *("fashion/sltt_k", "stamps/qkformer_sws_ottt"),
 )
+SHORT = small_recipe(epochs=1)  # 8 steps
 LONG = (pytest.mark.full, pytest.mark.timeout(900))  # dozens of runs
 TIERED = [
-    pytest.param(path, marks=LONG) if path.name.startswith(REPEATED) else path for path in RECIPES
+    path if str(path.with_suffix("")).endswith(QUICK) else pytest.param(path, marks=LONG)
+    for path in RECIPES
 ]
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `small_recipe()`."""
+    run = tmp_path_factory.mktemp("untouched") / "run"
+    train_inline(run, small_recipe())
+    return run
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of `SHORT`."""
+    run = tmp_path_factory.mktemp("short") / "run"
+    train_inline(run, SHORT)
+    return run
 
 
 @pytest.mark.parametrize(
     "step", [5, 8, *(pytest.param(step, marks=pytest.mark.full) for step in (1, 11))]
 )
 def test_a_run_that_died_goes_on_to_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+    tmp_path: Path, untouched: Path, step: int
 ) -> None:
     recipe, broken = small_recipe(), tmp_path / "broken"
-    whole = finished(tmp_path / "whole", recipe)
+    whole = json.loads((untouched / "summary.json").read_text())
     with dies_at(step):
         train_inline(broken, recipe)
     with (broken / "journal.jsonl").open("a") as journal:
@@ -117,7 +98,7 @@ def test_a_run_that_died_goes_on_to_the_same_bits(
             for ago in (7200, 3600)
         )
     resumed = finished(broken, recipe)
-    assert same_weights(tmp_path / "whole", broken)
+    assert same_weights(untouched, broken)
     same = ("steps", "top1", "loss")
     assert [resumed[key] for key in (*same, "restarts")] == [*(whole[key] for key in same), 1]
     assert resumed["wall_s"] < 1000
@@ -130,38 +111,40 @@ def test_a_run_that_died_goes_on_to_the_same_bits(
     assert resumed["timed_batches"] == resumed["steps"] - (2 if goes_on_at else 1)
 
 
-def test_weights_depend_on_the_seed_and_not_on_accumulation(tmp_path: Path) -> None:
-    for name, changes in (("run", {}), ("seed", {"seed": 1}), ("micro", {"micro_batch": 2})):
-        train_inline(tmp_path / name, small_recipe(**changes))
-    assert gap(tmp_path / "run", tmp_path / "seed") > 1e-3
-    assert gap(tmp_path / "run", tmp_path / "micro") < 1e-5
+def test_weights_depend_on_the_seed_and_not_on_accumulation(tmp_path: Path, short: Path) -> None:
+    for name, changes in (("seed", {"seed": 1}), ("micro", {"micro_batch": 2})):
+        train_inline(tmp_path / name, replace(SHORT, **changes))
+    assert gap(short, tmp_path / "seed") > 1e-3
+    assert gap(short, tmp_path / "micro") < 1e-5
 
 
-def test_mixed_batches_are_the_same_after_a_restart_and_in_micro_batches(tmp_path: Path) -> None:
-    recipe = small_recipe(mixing=spec(Mixing, mixup=0.5, cutmix=1.0))
+def test_mixed_batches_are_the_same_after_a_restart_and_in_micro_batches(
+    tmp_path: Path, short: Path
+) -> None:
+    recipe = replace(SHORT, mixing=spec(Mixing, mixup=0.5, cutmix=1.0))
     goes_on(tmp_path, recipe)
     train_inline(tmp_path / "micro", replace(recipe, micro_batch=2))
-    train_inline(tmp_path / "plain", small_recipe())
     assert gap(tmp_path / "whole", tmp_path / "micro") < 1e-5
-    assert gap(tmp_path / "whole", tmp_path / "plain") > 1e-3
+    assert gap(tmp_path / "whole", short) > 1e-3
 
 
 def test_an_average_of_the_weights_goes_on_to_the_same_bits_and_moves_none_of_them(
-    tmp_path: Path,
+    tmp_path: Path, short: Path
 ) -> None:
-    goes_on(tmp_path, small_recipe(ema_decay=0.8))
-    train_inline(tmp_path / "plain", small_recipe())
-    assert not same_weights(tmp_path / "whole", tmp_path / "plain")
-    last = [step_folders(tmp_path / name / "checkpoints")[-1] for name in ("whole", "plain")]
+    goes_on(tmp_path, replace(SHORT, ema_decay=0.8))
+    assert not same_weights(tmp_path / "whole", short)
+    last = [step_folders(run / "checkpoints")[-1] for run in (tmp_path / "whole", short)]
     one, other = (torch.load(path / "plain" / "state.pt")["network"] for path in last)
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize(("every", "at"), [(1, [8, 16, 24]), (2, [16, 24]), (0, [24])])
+@pytest.mark.parametrize(("every", "at"), [(1, [2, 4, 6]), (2, [4, 6]), (0, [6])])
 def test_a_run_evaluates_as_often_as_it_is_told_and_after_its_last_epoch(
     every: int, at: list[int], tmp_path: Path
 ) -> None:
-    train_inline(tmp_path / "run", small_recipe(epochs=3, evaluation=Evaluation(every=every)))
+    data = spec(Synthetic, samples=16, val_samples=8, shape=(1, 8, 8))
+    recipe = small_recipe(data=data, epochs=3, evaluation=Evaluation(every=every))
+    train_inline(tmp_path / "run", recipe)
     assert steps_of(tmp_path / "run", "evaluation") == at
 
 
@@ -262,8 +245,9 @@ def test_every_recipe_trains_in_small(tmp_path: Path, path: Path) -> None:
         steps = [recipe.tiny().time_steps] if len(data.shape) == 4 else []  # of a recording
         most = 64 if steps else 32  # pixels a side
         shape = (*steps, data.shape[-3], min(data.shape[-2], most), min(data.shape[-1], most))
+        val = 10 if recipe.phases else 2  # of each class, as SplitClasses asks for
         tiny = recipe.tiny(
-            data=spec(Synthetic, samples=160, val_samples=10, classes=data.classes, shape=shape)
+            data=spec(Synthetic, samples=160, val_samples=val, classes=data.classes, shape=shape)
         )
         tiny = fill_references(tiny, lambda name: weights_file(tmp_path / name))
         precision = tiny.precision if has_bf16 else "fp32"
@@ -275,8 +259,8 @@ def test_every_recipe_trains_in_small(tmp_path: Path, path: Path) -> None:
 def test_a_resumed_run_needs_the_weights_it_started_from_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_inline(tmp_path / "first", small_recipe())
-    recipe = small_recipe(init=str(tmp_path / "first"))
+    train_inline(tmp_path / "first", SHORT)
+    recipe = replace(SHORT, init=str(tmp_path / "first"))
     train_inline(tmp_path / "whole", recipe)
     with dies_at(7):
         train_inline(tmp_path / "broken", recipe)
