@@ -10,21 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from numba import config, njit
+from numba.core.caching import FunctionCache
 
 from pipeline.core.files import cache_folder, lock_within
 
 numba_config: Any = config  # its names have no types
 LOCK_TIMEOUT_S = 10.0
+_OPTIONS: Any = {"nogil": True, "error_model": "numpy"}
+
+compiled: Any = njit(**_OPTIONS)  # for what a loop calls; it is saved with the loop
 
 
 def folder_of(kind: str, sources: Iterable[Path]) -> Path | None:
     """The folder of the compiled loops of one kind; None if it cannot be written.
 
-    Its name is a hash of `sources`, every source file that they are made of. numba (0.68.1) itself
-    compiles a saved function again only if the function's own file has changed, and not what it
-    calls.
+    Its name is a hash of this file and of `sources`, every source file that they are made of. numba
+    (0.68.1) itself compiles a saved function again only if the function's own file has changed, and
+    not what it calls or how it is compiled.
     """
-    name = hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest()[:16]
+    files = (Path(__file__), *sources)
+    name = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
     numbas = numba_config.CACHE_DIR  # $NUMBA_CACHE_DIR
     try:
         root = Path(numbas).expanduser() / "spiketrain" if numbas else cache_folder()
@@ -36,26 +41,25 @@ def folder_of(kind: str, sources: Iterable[Path]) -> Path | None:
     return folder
 
 
-def saved_in(folder: Path | None, function: Callable[..., Any], **options: Any) -> Any:
+def saved_in(folder: Path | None, function: Callable[..., Any], *, parallel: bool = False) -> Any:
     """The compiled `function`, saved in `folder` with all that it calls; None: it is not saved.
 
-    `options` are those of `numba.njit`. `function` must not be a closure over a compiled function,
+    `parallel` is that of `numba.njit`. `function` must not be a closure over a compiled function,
     because numba would save it anew in each process.
     """
-    unsaved = njit(**options)(function)
+    loop: Any = njit(**_OPTIONS, parallel=parallel)(function)
     if folder is None:
-        return unsaved
+        return loop
     usual = numba_config.CACHE_DIR
     numba_config.CACHE_DIR = str(folder)
     try:
-        loop: Any = njit(**options, cache=True)(function)
+        cache: Any = FunctionCache(function)
     except RuntimeError:  # numba found no folder
-        return unsaved
+        return loop
     finally:
         numba_config.CACHE_DIR = usual
-    if folder not in Path(loop.stats.cache_path).parents:  # numba chose another folder
-        return unsaved
-    loop._cache = _Cache(loop._cache, folder / "lock")
+    if folder in Path(cache.cache_path).parents:  # numba may choose another folder
+        loop._cache = _Cache(cache, folder / "lock")
     return loop
 
 

@@ -22,6 +22,7 @@ from numba import prange
 from numpy.typing import NDArray
 
 from pipeline.core.random import CROP, normal_table
+from pipeline.core.saved_loops import compiled
 from pipeline.data.ffcv import strong_augment
 from pipeline.data.ffcv.bicubic import resize_bicubic
 from pipeline.data.ffcv.codec import HAS_FFCV, decode_jpg, resize_area
@@ -31,7 +32,6 @@ from pipeline.data.ffcv.loops import (
     batch_loop,
     below,
     bits,
-    compiled,
     draw_mirror,
     draw_shift,
     uniform,

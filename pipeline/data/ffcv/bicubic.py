@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from pipeline.data.ffcv.loops import compiled
+from pipeline.core.saved_loops import compiled
 
 _BITS = 22  # after the point of a weight
 

@@ -18,7 +18,7 @@ from numba import objmode, types
 from numba.core.errors import NumbaWarning
 from PIL import Image
 
-from pipeline.data.ffcv.loops import compiled
+from pipeline.core.saved_loops import compiled
 
 try:
     from pipeline.data.ffcv.api import ctypes_imdecode, ctypes_resize

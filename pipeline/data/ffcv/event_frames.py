@@ -12,8 +12,9 @@ import math
 import numpy as np
 from numba import prange
 
+from pipeline.core.saved_loops import compiled
 from pipeline.data.ffcv.format import Arrays
-from pipeline.data.ffcv.loops import Decoder, batch_loop, compiled, draw_mirror, draw_shift
+from pipeline.data.ffcv.loops import Decoder, batch_loop, draw_mirror, draw_shift
 
 
 class DecodeEvents(Decoder):

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from pipeline.core import random
 from pipeline.core.errors import require_data
-from pipeline.core.saved_loops import folder_of, numba_config, saved_in
+from pipeline.core.saved_loops import compiled, folder_of, numba_config, saved_in
 
 require_data(
     not numba_config.DISABLE_JIT,
@@ -32,7 +31,6 @@ def saved_loops() -> Path | None:
 
 
 FOLDER = saved_loops()
-compiled: Any = njit(nogil=True, error_model="numpy")
 
 
 def batch_loop(decode_batch: Callable[..., Any], *, parallel: bool, saved: bool = True) -> Any:
@@ -44,7 +42,7 @@ def batch_loop(decode_batch: Callable[..., Any], *, parallel: bool, saved: bool 
     """
     # A folder for each, because numba would load the serial loop as the parallel one.
     folder = FOLDER / ("parallel" if parallel else "serial") if saved and FOLDER else None
-    return saved_in(folder, decode_batch, nogil=True, error_model="numpy", parallel=parallel)
+    return saved_in(folder, decode_batch, parallel=parallel)
 
 
 # Constants are uint64: numba 0.68.1 combines uint64 and int64 to float64.

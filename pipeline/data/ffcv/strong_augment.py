@@ -37,7 +37,8 @@ import math
 import numpy as np
 
 from pipeline.core.random import COLOUR, CUTOUT_X, CUTOUT_Y, ERASE, ERASE_PIXELS
-from pipeline.data.ffcv.loops import below, bits, compiled, uniform
+from pipeline.core.saved_loops import compiled
+from pipeline.data.ffcv.loops import below, bits, uniform
 
 OPERATIONS = (
     *("autocontrast", "equalize", "invert", "posterize", "solarize", "solarize-add"),

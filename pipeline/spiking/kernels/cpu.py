@@ -22,11 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic, overload
 from torch import Tensor
 
-from pipeline.core.saved_loops import folder_of, saved_in
+from pipeline.core.saved_loops import compiled, folder_of, saved_in
 from pipeline.spiking.kernels.max_pool import new_pooled
 from pipeline.spiking.kernels.neuron import Constants
 from pipeline.spiking.kernels.operators import (
@@ -40,9 +40,7 @@ _intrinsic: Any = intrinsic  # numba's types are of what is compiled
 BLOCK = 16384  # neurons; their values of one time step take 64 kB, long enough to be prefetched
 MIN_PER_THREAD = 1 << 15  # values; fewer take less time than to wake a thread
 
-_options: Any = {"nogil": True, "error_model": "numpy"}
-inlined = njit(**_options)  # saved with the kernels that call it
-compiled: Any = partial(saved_in, folder_of("kernels", [Path(__file__)]), **_options)
+saved: Any = partial(saved_in, folder_of("kernels", [Path(__file__)]))
 
 
 # ------------------------------------------------------------------------------------------ scalars
@@ -105,7 +103,7 @@ def _exp_of(x: Any) -> Any:
 # ------------------------------------------------------------------------------------------ forward
 
 
-@inlined
+@compiled
 def _after_reset(u, v, threshold, margin, reset, subtract):
     if reset == 0:
         zero = threshold - threshold
@@ -116,7 +114,7 @@ def _after_reset(u, v, threshold, margin, reset, subtract):
             v[i] = u[i] - subtract if u[i] - threshold >= margin else u[i]
 
 
-@compiled
+@saved
 def _forward(
     first, end, neurons, steps, x_at, x_step, v0_at, s_at, v_end_at, u_at, charge, decay, current,
     threshold, margin, reset, subtract, gain, beta, resets_first,
@@ -172,7 +170,7 @@ def _forward(
 # ----------------------------------------------------------------------------------------- backward
 
 
-@inlined
+@compiled
 def _times_derivative(g, u, threshold, surrogate, a, b):
     """Multiply `g` by the derivative of the surrogate."""
     zero, one = threshold - threshold, a / a
@@ -196,7 +194,7 @@ def _times_derivative(g, u, threshold, surrogate, a, b):
             g[i] *= one / (z * z)
 
 
-@compiled
+@saved
 def _backward(
     first, end, neurons, steps, u_at, v0_at, x_at, x_step, g_s_at, g_s_step, g_v_end_at, g_x_at,
     g_x_step, g_v0_at, g_decay, charge, decay, current, threshold, margin, reset, subtract, gain,
@@ -497,7 +495,7 @@ _INTEGERS = {2: np.int16, 4: np.int32, 8: np.int64}
 _AS_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-@compiled
+@saved
 def _pack(first, end, count, x_at, bits_at, zero):
     x = carray(_pointer(x_at, zero), count)
     bits = carray(_pointer(bits_at, np.uint8(0)), (count + 7) // 8)
@@ -513,7 +511,7 @@ def _pack(first, end, count, x_at, bits_at, zero):
         bits[count // 8] = byte
 
 
-@compiled
+@saved
 def _unpack(first, end, count, bits_at, x_at, height):
     x = carray(_pointer(x_at, height), count)
     bits = carray(_pointer(bits_at, np.uint8(0)), (count + 7) // 8)
@@ -549,7 +547,7 @@ def unpack_spikes(bits: Tensor, x: Tensor, height: float) -> None:
 # ---------------------------------------------------------------------------------------- max pool
 
 
-@compiled
+@saved
 def _max_pool(
     first, end, x_at, y_at, at_at, zero, small, height, width, pooled_h, pooled_w, size, size_w,
     stride, stride_w, padding, padding_w,
@@ -595,7 +593,7 @@ def _max_pool(
                 at[begin + i] = most_at[i]
 
 
-@inlined
+@compiled
 def _more(most, most_at, x, x_at, stride, is_first):
     """Replace `most` by every `stride`-th number of `x` where that is more, or as much but earlier
     in the image.
@@ -612,7 +610,7 @@ def _more(most, most_at, x, x_at, stride, is_first):
             most_at[i] = new_at if is_more else most_at[i]
 
 
-@compiled
+@saved
 def _max_pool_backward(first, end, g_at, at_at, g_x_at, zero, small, pooled, pixels):
     g = carray(_pointer(g_at, zero), end * pooled)
     at = carray(_pointer(at_at, small), end * pooled)

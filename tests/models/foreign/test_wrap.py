@@ -139,7 +139,7 @@ RULES: dict[str, Callable[[], Rule]] = {
 }
 
 
-# A large network, which has batch norm, learns for seconds under each rule.
+# A large network, which has batch norm, learns for seconds: the full tier has it under BPTT.
 TRAINED = [
     pytest.param(
         *(case, rule),
