@@ -72,7 +72,8 @@ def test_an_item_draws_from_generators_of_its_seed_epoch_and_index() -> None:
 
 
 def generators() -> list[Any]:
-    return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()]  # noqa: NPY002
+    of_numpy = np.random.get_state()[1].tolist()  # noqa: NPY002
+    return [torch.get_rng_state().tolist(), of_numpy, random.getstate()]
 
 
 @pytest.fixture

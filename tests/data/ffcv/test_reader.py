@@ -15,6 +15,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from pipeline.core.saved_loops import numba_config
 from pipeline.data.base import DataError, LoaderError
 from pipeline.data.datasets.beton import Beton
 from pipeline.data.ffcv import manifest as manifests
@@ -201,7 +202,7 @@ def test_a_corrupt_jpeg_is_named_and_its_page_is_damaged_unless_it_was_written_s
 
 
 def test_too_many_threads_are_refused_and_tbb_demanded(monkeypatch):
-    most = numba_threads.numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
+    most = numba_config.NUMBA_NUM_THREADS
     assert usable_threads(most) == most
     for threads in (0, most + 1):
         with pytest.raises(DataError, match=rf"threads must be in 1\.\.{most} .*; got {threads}"):
