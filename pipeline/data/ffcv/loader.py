@@ -8,12 +8,12 @@ from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-import numba
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from pipeline.core.errors import require_data
+from pipeline.core.saved_loops import numba_config
 from pipeline.data.base import Batch
 from pipeline.data.ffcv.format import read_tables
 from pipeline.data.ffcv.loops import Decoder
@@ -34,7 +34,7 @@ def usable_threads(threads: int) -> int:
     """
     # the number of cores of the CPU affinity, unless the environment variable of this name
     # overrides it (0.68.1)
-    max_threads = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportAttributeAccessIssue]
+    max_threads = numba_config.NUMBA_NUM_THREADS
     require_data(
         1 <= threads <= max_threads,
         f"data: threads must be in 1..{max_threads} (the cores of this process, or"

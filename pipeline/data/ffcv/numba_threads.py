@@ -10,9 +10,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-import numba
-
 from pipeline.core.errors import DataError, require_data
+from pipeline.core.saved_loops import numba_config
 
 _TBB_MODULE = "numba.np.ufunc.tbbpool"
 
@@ -55,4 +54,4 @@ def require_tbb() -> None:
             "data: more than 1 loader thread needs TBB; install it (pip install tbb, or apt install"
             f" libtbb12) or set threads=1; got: {error}"
         ) from error
-    numba.config.THREADING_LAYER = "tbb"  # pyright: ignore[reportAttributeAccessIssue]
+    numba_config.THREADING_LAYER = "tbb"
