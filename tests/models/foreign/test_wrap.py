@@ -406,10 +406,12 @@ def test_states_may_be_arguments_in_any_order_in_snntorch() -> None:
     """As in the documentation of `snntorch.Leaky`, where the spikes are arguments too."""
 
     class Documented(Stateful):
-        def forward(self, x: Tensor, v1: Any, s1: Any, v2: Any) -> Any:  # type: ignore[override]
-            s1, v1 = self.first(self.fc1(x), v1)
-            s2, v2 = self.second(self.fc2(s1.double()), v2)
-            return v1, s1, v2, s2
+        def forward(  # type: ignore[override]
+            self, x: Tensor, mem1: Any, spk1: Any, mem2: Any
+        ) -> Any:
+            spk1, mem1 = self.first(self.fc1(x), mem1)
+            spk2, mem2 = self.second(self.fc2(spk1.double()), mem2)
+            return mem1, spk1, mem2, spk2
 
     torch.manual_seed(0)
     network = scaled(Documented(lambda: snntorch.Leaky(0.8)).double(), 2.0)
